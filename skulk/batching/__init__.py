@@ -1,0 +1,1 @@
+"""The step plan: what runs next on an engine, as pure functions."""

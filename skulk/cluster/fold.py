@@ -1,0 +1,125 @@
+"""The fold: one event applied to the state, and the digest that tells two states apart.
+
+    event                 effect
+    TermBegan             the position moves to the new term
+    InstanceCreated       the instance is there, pending, unless a tombstone covers it
+    InstanceAssigned      it belongs to a node; its epoch never falls
+    InstanceUnassigned    it is pending again
+    InstanceDeleted       it is gone; its tombstone stays
+    NodeDrainStarted      the node takes no new work
+    NodeDrainEnded        it does again
+    TombstonesExpired     those tombstones are gone
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar, assert_never
+
+import msgspec
+
+from skulk.ids import digest64
+from skulk.wire.events import (
+    EventRecord,
+    InstanceAssigned,
+    InstanceCreated,
+    InstanceDeleted,
+    InstanceUnassigned,
+    NodeDrainEnded,
+    NodeDrainStarted,
+    TermBegan,
+    TombstonesExpired,
+)
+from skulk.wire.state import ClusterState, Drain, Instance, Position, Tombstone
+
+T = TypeVar("T")
+
+
+def state_hash(state: ClusterState) -> str:
+    """A 64-bit digest of a state; equal states have equal digests whatever the order of their dicts. O(size)."""
+    return digest64(msgspec.json.encode(state, order="sorted"))
+
+
+def fold(state: ClusterState, record: EventRecord) -> ClusterState:
+    """The state after one event. Total: an event about an instance that isn't there only moves the position.
+
+    The caller sees to the order: `record` directly follows ``state.position``.
+    """
+    position = record.position
+    assert position.seq == state.position.seq + 1, f"seq {position.seq} does not follow {state.position.seq}"
+    event = record.event
+    match event:
+        case TermBegan():
+            changed = state
+        case InstanceCreated():
+            changed = _created(state, event.instance, position)
+        case InstanceAssigned():
+            changed = _assigned(state, event, position)
+        case InstanceUnassigned():
+            changed = _unassigned(state, event, position)
+        case InstanceDeleted():
+            changed = _deleted(state, event, position)
+        case NodeDrainStarted():
+            drain = msgspec.structs.replace(event.drain, position=position)
+            changed = msgspec.structs.replace(state, drains={**state.drains, drain.node_id: drain})
+        case NodeDrainEnded():
+            changed = _drain_ended(state, event.node_id, position)
+        case TombstonesExpired():
+            tombstones = _without(state.tombstones, event.instance_ids)
+            changed = msgspec.structs.replace(state, tombstones=tombstones)
+        case _:
+            assert_never(event)
+    return msgspec.structs.replace(changed, position=position)
+
+
+def _created(state: ClusterState, instance: Instance, position: Position) -> ClusterState:
+    tombstone = state.tombstones.get(instance.instance_id)
+    if tombstone is not None and tombstone.position >= position:
+        return state
+    return _with_instance(state, msgspec.structs.replace(instance, position=position))
+
+
+def _assigned(state: ClusterState, event: InstanceAssigned, position: Position) -> ClusterState:
+    instance = state.instances.get(event.instance_id)
+    if instance is None or event.assignment.epoch <= instance.last_epoch:
+        return state
+    changed = msgspec.structs.replace(
+        instance,
+        assignment=event.assignment,
+        last_epoch=event.assignment.epoch,
+        reason=event.reason,
+        position=position,
+    )
+    return _with_instance(state, changed)
+
+
+def _unassigned(state: ClusterState, event: InstanceUnassigned, position: Position) -> ClusterState:
+    instance = state.instances.get(event.instance_id)
+    if instance is None:
+        return state
+    changed = msgspec.structs.replace(instance, assignment=None, reason=event.reason, position=position)
+    return _with_instance(state, changed)
+
+
+def _deleted(state: ClusterState, event: InstanceDeleted, position: Position) -> ClusterState:
+    tombstone = Tombstone(instance_id=event.instance_id, position=position, deleted_at=event.deleted_at)
+    return msgspec.structs.replace(
+        state,
+        instances=_without(state.instances, (event.instance_id,)),
+        tombstones={**state.tombstones, event.instance_id: tombstone},
+    )
+
+
+def _drain_ended(state: ClusterState, node_id: str, position: Position) -> ClusterState:
+    drain = state.drains.get(node_id)
+    if drain is None:
+        return state
+    ended: Drain = msgspec.structs.replace(drain, active=False, position=position)
+    return msgspec.structs.replace(state, drains={**state.drains, node_id: ended})
+
+
+def _with_instance(state: ClusterState, instance: Instance) -> ClusterState:
+    return msgspec.structs.replace(state, instances={**state.instances, instance.instance_id: instance})
+
+
+def _without(items: dict[str, T], names: tuple[str, ...]) -> dict[str, T]:
+    return {name: item for name, item in items.items() if name not in names}

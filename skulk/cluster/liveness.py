@@ -1,0 +1,33 @@
+"""The one liveness table: who must speak how often, and what silence means (DESIGN 3). Seconds throughout.
+
+    speaker   every   silent for   means
+    master    0.5     1.5          the pre-vote begins
+    node      1.0     3.0          suspect
+                      5.0          lost (2.0 when its routes closed too)
+    runner    0.5     2.5          its streams are dead
+    gateway   1.0     5.0          its requests are cancelled by the runners
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+MASTER_BEAT_S: Final = 0.5
+MASTER_SILENT_S: Final = 1.5
+NODE_BEAT_S: Final = 1.0
+NODE_SUSPECT_S: Final = 3.0
+NODE_LOST_S: Final = 5.0
+STREAM_ALIVE_S: Final = 0.5
+STREAM_DEAD_S: Final = 2.5
+GATEWAY_BEAT_S: Final = 1.0
+GATEWAY_SILENT_S: Final = 5.0
+CHUNKS_KEPT_S: Final = 30.0
+
+NodeLiveness = Literal["live", "suspect", "lost"]
+
+
+def node_liveness(silent_s: float) -> NodeLiveness:
+    """What a node's silence means."""
+    if silent_s < NODE_SUSPECT_S:
+        return "live"
+    return "suspect" if silent_s < NODE_LOST_S else "lost"

@@ -1,0 +1,58 @@
+"""Two lineages made one: pure, commutative, associative, idempotent (DESIGN 3). A stale state erases nothing.
+
+    instance    the version with the higher (epoch, position) wins
+    tombstone   united; it beats every version of its instance up to its position
+    drain       the version with the higher position wins
+    position    the higher; ``seq`` the higher of both, so that it never falls
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from skulk.wire.state import ClusterState, Drain, Instance, Position, Tombstone
+
+T = TypeVar("T")
+
+
+def merge(a: ClusterState, b: ClusterState) -> ClusterState:
+    """The union of what two states know. Both must be of one cluster."""
+    assert a.cluster == b.cluster, f"{a.cluster!r} and {b.cluster!r} are different clusters"
+    tombstones = _united(a.tombstones, b.tombstones, _tombstone_rank)
+    instances = _united(a.instances, b.instances, _instance_rank)
+    return ClusterState(
+        cluster=a.cluster,
+        position=Position(
+            term=max(a.position.term, b.position.term),
+            seq=max(a.position.seq, b.position.seq),
+        ),
+        instances={name: found for name, found in instances.items() if not _is_covered(found, tombstones)},
+        tombstones=tombstones,
+        drains=_united(a.drains, b.drains, _drain_rank),
+        partial=a.partial or b.partial,
+    )
+
+
+def _united(a: dict[str, T], b: dict[str, T], rank: Callable[[T], tuple[object, ...]]) -> dict[str, T]:
+    names = sorted({*a, *b})
+    versions = ([side[name] for side in (a, b) if name in side] for name in names)
+    return {name: max(found, key=rank) for name, found in zip(names, versions, strict=True)}
+
+
+def _is_covered(instance: Instance, tombstones: dict[str, Tombstone]) -> bool:
+    tombstone = tombstones.get(instance.instance_id)
+    return tombstone is not None and tombstone.position >= instance.position
+
+
+def _instance_rank(instance: Instance) -> tuple[object, ...]:
+    # the text breaks a tie that only a defect can make, so that merge stays commutative even then
+    return instance.last_epoch, instance.position, repr(instance)
+
+
+def _tombstone_rank(tombstone: Tombstone) -> tuple[object, ...]:
+    return tombstone.position, repr(tombstone)
+
+
+def _drain_rank(drain: Drain) -> tuple[object, ...]:
+    return drain.position, repr(drain)

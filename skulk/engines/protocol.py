@@ -1,0 +1,135 @@
+"""What a runner asks of an engine. Step-wise: the runner plans, the engine computes one step, the runner folds the result.
+
+    load(spec, progress) -> Engine
+    engine.tokens_of(prompt)                      any thread
+    engine.begin(slot, sampling, ...)             engine thread, as are all below
+    engine.run(plan) -> result                    the only call that takes long
+    engine.end(slot)
+    engine.close()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
+
+import msgspec
+
+from skulk.batching.step import StepPlan, StepResult
+from skulk.wire.generation import Prompt, Sampling
+
+FlashAttention = Literal["auto", "on", "off"]
+
+
+class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What to load and how. Lengths in tokens.
+
+    Attributes:
+        path: the (first part of the) weights file.
+        sha256: what the file must hash to; None where nothing pins it.
+        backend: resolved tag, ``llama_cpp-cpu``, ``llama_cpp-vulkan``, …
+        context_length: window of one request that was admitted; never 0, never the trained maximum by default.
+        n_parallel: sequences served side by side.
+        kv_cells: cells allocated for all sequences together.
+        n_threads: 0: physical cores.
+        gpu_layers: -1: all where the backend is a GPU; ignored on CPU.
+    """
+
+    path: str
+    sha256: str | None = None
+    backend: str
+    context_length: int
+    n_parallel: int = 1
+    kv_cells: int
+    n_batch: int = 2048
+    n_ubatch: int = 512
+    n_threads: int = 0
+    gpu_layers: int = -1
+    flash_attention: FlashAttention = "auto"
+    kv_type: str = "f16"
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What was really loaded.
+
+    Attributes:
+        n_ctx: window of one request, tokens; at most what was admitted.
+        n_batch: the most tokens of one step.
+        has_template: False: the plain template is used, with a warning.
+    """
+
+    engine: str
+    version: str
+    backend: str
+    architecture: str
+    n_ctx: int
+    n_parallel: int
+    n_batch: int
+    vocabulary_size: int
+    has_template: bool
+
+
+class Engine(Protocol):
+    """A loaded model."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def tokens_of(self, prompt: Prompt) -> Sequence[int]:
+        """The ids of a prompt: template, tokenizer, special tokens. Users' text never becomes special tokens.
+
+        Raises:
+            RequestError: ``template_failed`` (the template raised, took too long or grew too large), ``invalid_request``.
+        """
+        ...
+
+    def begin(self, slot: int, sampling: Sampling, history: Sequence[int], *, choice: int = 0) -> None:
+        """Prepares a free slot; ``history``: ids that penalties look back on."""
+        ...
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Computes one step.
+
+        Raises:
+            ServiceError: ``runner_failed``: the engine can't go on; the process should end.
+        """
+        ...
+
+    def end(self, slot: int) -> None:
+        """Frees a slot's cells and its sampler."""
+        ...
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of a token's text; empty for control tokens. They may cut a character. Any thread."""
+        ...
+
+    def is_end(self, token: int) -> bool:
+        """Whether the model ends its answer with this token. Any thread."""
+        ...
+
+    def close(self) -> None:
+        """Frees everything native; the engine is unusable afterwards."""
+        ...
+
+
+class LoadCancelled(Exception):
+    """The load was stopped by its progress callback."""
+
+
+Progress = Callable[[float], bool]
+"""Told 0.0 to 1.0 while loading; returns False to stop the load."""
+
+
+class Loader(Protocol):
+    """How a kind of engine is loaded."""
+
+    def __call__(self, spec: LoadSpec, progress: Progress) -> Engine:
+        """Loads a model.
+
+        Raises:
+            RequestError: ``model_file_invalid``: cut short, no GGUF, wrong hash, unknown architecture; with what to do.
+            ServiceError: ``runner_failed``: out of memory and the like, with the numbers.
+            StartError: ``engine_missing``: the engine's library isn't installed, with what to install.
+            LoadCancelled: the callback said so.
+        """
+        ...

@@ -1,0 +1,147 @@
+"""Heartbeats: what is known only as long as its sender speaks. Never logged."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from skulk.wire.base import ErrorBody, Wire
+from skulk.wire.model import HeldModel
+from skulk.wire.state import ORIGIN, Position, Term
+
+Role = Literal["full", "management"]
+RunnerPhase = Literal["accepted", "refused", "starting", "loading", "warming", "ready", "draining", "stopped", "failed"]
+
+
+class MemoryFacts(Wire, frozen=True, kw_only=True):
+    """A node's memory in bytes. ``usable_bytes``: what models may take now, by the rules of the spec, before reservations."""
+
+    total_bytes: int
+    available_bytes: int
+    usable_bytes: int
+
+
+class DiskFacts(Wire, frozen=True, kw_only=True):
+    """The disk that holds the models, in bytes."""
+
+    total_bytes: int
+    available_bytes: int
+
+
+class Accelerator(Wire, frozen=True, kw_only=True):
+    """A GPU. Bytes; zero where unknown."""
+
+    vendor: str
+    name: str
+    vram_total_bytes: int = 0
+    vram_used_bytes: int = 0
+    gtt_total_bytes: int = 0
+
+
+class SystemFacts(Wire, frozen=True, kw_only=True):
+    """What a node is."""
+
+    hostname: str
+    os: str
+    architecture: str
+    chip: str
+    physical_cores: int
+    accelerators: tuple[Accelerator, ...] = ()
+
+
+class RunnerStatus(Wire, frozen=True, kw_only=True):
+    """What one runner is doing; also published at once when it changes.
+
+    Attributes:
+        progress: of the load, 0.0 to 1.0.
+        active: requests being generated.
+        waiting: requests queued.
+        n_ctx: window of one request that the engine really has, tokens.
+        memory_bytes: resident memory of the process; 0 where unknown.
+        error: why it was refused or failed.
+        restarts: how often this assignment's process was started again.
+    """
+
+    runner_id: str
+    instance_id: str
+    epoch: int
+    node_id: str
+    model_id: str
+    phase: RunnerPhase
+    progress: float = 0.0
+    active: int = 0
+    waiting: int = 0
+    n_ctx: int = 0
+    memory_bytes: int = 0
+    reserved_bytes: int = 0
+    error: ErrorBody | None = None
+    restarts: int = 0
+    since: float = 0.0
+
+
+class Warning(Wire, frozen=True, kw_only=True):  # noqa: A001 - the word that health reports use
+    """Something an operator should know: level, code, message, remediation."""
+
+    level: Literal["warn", "error"]
+    code: str
+    message: str
+    remediation: str = ""
+
+
+class NodeBeat(Wire, frozen=True, kw_only=True):
+    """A node's beat, every second.
+
+    Attributes:
+        incarnation: new at each start of the node.
+        protocol: major version of the bus contract; another one takes no placements.
+        tags: compute backends, ``<engine>`` and ``<engine>-<compute>``.
+        load: the one-minute load average.
+        models: weights that lie on its disk.
+        runners: every runner it has, with its status.
+        position: of its state; ``state_hash`` is that state's digest.
+        route: ``host:port`` of its nats-server's routes; None on loopback only.
+        api: ``host:port`` of its gateway; None without one.
+        hears: the nodes whose beats it hears.
+    """
+
+    node_id: str
+    incarnation: str
+    name: str
+    version: str
+    protocol: int = 1
+    role: Role = "full"
+    at: float
+    started_at: float
+    tags: tuple[str, ...]
+    system: SystemFacts
+    memory: MemoryFacts
+    disk: DiskFacts
+    load: float = 0.0
+    models: tuple[HeldModel, ...] = ()
+    runners: tuple[RunnerStatus, ...] = ()
+    warnings: tuple[Warning, ...] = ()
+    position: Position = ORIGIN
+    state_hash: str = ""
+    master: str | None = None
+    route: str | None = None
+    api: str | None = None
+    hears: tuple[str, ...] = ()
+
+
+class MasterBeat(Wire, frozen=True, kw_only=True):
+    """The master's beat, every 0.5 s: its term, position, and the digest of its state."""
+
+    node_id: str
+    term: Term
+    position: Position
+    state_hash: str
+    at: float
+
+
+class GatewayBeat(Wire, frozen=True, kw_only=True):
+    """A gateway's beat, every second, so that runners cancel the requests of one that is gone."""
+
+    gateway_id: str
+    incarnation: str
+    node_id: str
+    at: float
+    open_streams: int = 0

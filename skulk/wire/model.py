@@ -1,0 +1,75 @@
+"""What a model is and what it needs, as placement, runners and catalogues speak of it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from skulk.wire.base import Wire
+
+ModelFormat = Literal["gguf", "mlx"]
+
+
+class ModelFile(Wire, frozen=True, kw_only=True):
+    """One file of a model's weights.
+
+    Attributes:
+        name: path inside the repository, ``/`` between its parts.
+        size_bytes: size of the whole file.
+        sha256: pinned digest, hexadecimal; None where nothing pins it.
+    """
+
+    name: str
+    size_bytes: int
+    sha256: str | None = None
+
+
+class ModelCard(Wire, frozen=True, kw_only=True):
+    """A model as the catalogue knows it. Sizes are bytes, lengths are tokens.
+
+    Attributes:
+        model_id: what requests name, ``org/repo`` or the stem of a bare file.
+        name: for people.
+        family: ``general.architecture`` of a GGUF (``llama``, ``qwen3``), ``model_type`` of an MLX model.
+        backends: accepted ``<engine>-<compute>`` tags, preferred first; a hard filter, its order a soft one.
+        files: the files to load, the first part first.
+        context_length: window the model was trained for.
+        max_context_tokens: the most that may be admitted, where the card limits it.
+        weights_bytes: sum of the tensors' sizes.
+        kv_bytes_per_token: of one token in one sequence's cache, 16-bit, all layers.
+        recurrent_bytes: state of one sequence that doesn't grow with its length.
+        source: page or file the card was read from.
+    """
+
+    model_id: str
+    name: str
+    family: str
+    format: ModelFormat = "gguf"
+    backends: tuple[str, ...]
+    files: tuple[ModelFile, ...]
+    quantization: str = ""
+    context_length: int
+    max_context_tokens: int | None = None
+    weights_bytes: int
+    kv_bytes_per_token: int
+    recurrent_bytes: int = 0
+    layers: int = 0
+    embedding_length: int = 0
+    vocabulary_size: int = 0
+    tasks: tuple[str, ...] = ("TextGeneration",)
+    capabilities: tuple[str, ...] = ("text",)
+    tags: tuple[str, ...] = ()
+    license: str = ""
+    source: str = ""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes on disk of all files."""
+        return sum(file.size_bytes for file in self.files)
+
+
+class HeldModel(Wire, frozen=True, kw_only=True):
+    """A model whose weights lie whole on a node's disk."""
+
+    model_id: str
+    size_bytes: int
+    sha256: str | None = None

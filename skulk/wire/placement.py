@@ -1,0 +1,82 @@
+"""Requests for placement, and the decision that explains itself: the same value in reply, preview, CLI and log."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from skulk.wire.base import Wire
+from skulk.wire.model import ModelCard
+
+Sharding = Literal["Pipeline", "Tensor"]
+InstanceMeta = Literal["MlxRing", "MlxJaccl"]
+Outcome = Literal["placed", "pending", "unplaceable"]
+
+
+class PlacementRequest(Wire, frozen=True, kw_only=True):
+    """What was asked for; it stays with the instance, so that a move obeys it too.
+
+    Attributes:
+        card: the model.
+        min_nodes: over how many nodes to spread it; more than 1 is refused for GGUF.
+        excluded_nodes: node ids or names that must not serve it.
+        node_ids: if not empty, only these may.
+        context_length: window of one request in tokens; None: as much as fits, up to what the card allows.
+        n_parallel: sequences served side by side; None: the node's setting.
+    """
+
+    card: ModelCard
+    sharding: Sharding = "Pipeline"
+    instance_meta: InstanceMeta = "MlxRing"
+    min_nodes: int = 1
+    excluded_nodes: tuple[str, ...] = ()
+    node_ids: tuple[str, ...] = ()
+    context_length: int | None = None
+    n_parallel: int | None = None
+
+
+class MemoryEstimate(Wire, frozen=True, kw_only=True):
+    """What an instance will take of one pool, in parts, in bytes; ``need_bytes`` is what is reserved."""
+
+    weights_bytes: int
+    kv_bytes: int
+    compute_bytes: int
+    headroom_bytes: int
+    need_bytes: int
+
+
+class NodeReport(Wire, frozen=True, kw_only=True):
+    """Why a node was taken, or not: the filter that excluded it with its numbers, or the score in parts.
+
+    Attributes:
+        filter: named reason (``backend_mismatch``, ``memory``, ``excluded``, ``draining``, ``weights_missing``, ``lost``,
+            ``incompatible``, ``management``); None: the node can serve it.
+        detail: the reason with numbers, for people.
+        score: parts by name, higher is better, compared in this order; empty where filtered.
+    """
+
+    node_id: str
+    name: str = ""
+    filter: str | None = None
+    detail: str = ""
+    backend: str | None = None
+    context_length: int = 0
+    memory: MemoryEstimate | None = None
+    available_bytes: int = 0
+    score: dict[str, float] = {}
+
+
+class PlacementDecision(Wire, frozen=True, kw_only=True):
+    """Outcome, chosen nodes, and a report for every node.
+
+    Attributes:
+        reason: one sentence that says what was decided, and what to do where nothing fits.
+    """
+
+    outcome: Outcome
+    nodes: tuple[str, ...] = ()
+    reports: tuple[NodeReport, ...] = ()
+    reason: str = ""
+
+    def report_of(self, node_id: str) -> NodeReport | None:
+        """The report on one node."""
+        return next((report for report in self.reports if report.node_id == node_id), None)

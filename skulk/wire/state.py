@@ -1,0 +1,112 @@
+"""The replicated state: only what must outlive a process. `skulk.cluster` folds it; nothing else changes it."""
+
+from __future__ import annotations
+
+from skulk.wire.base import Wire
+from skulk.wire.placement import MemoryEstimate, PlacementRequest
+
+
+class Term(Wire, frozen=True, kw_only=True, order=True):
+    """One mastership: number, then node id, then the incarnation; ordered and compared whole (DESIGN 3)."""
+
+    number: int
+    node_id: str
+    incarnation: str
+
+
+NO_TERM = Term(number=0, node_id="", incarnation="")
+
+
+class Position(Wire, frozen=True, kw_only=True, order=True):
+    """Where a log stands. ``seq`` goes on across terms."""
+
+    term: Term
+    seq: int
+
+
+ORIGIN = Position(term=NO_TERM, seq=0)
+
+
+class Assignment(Wire, frozen=True, kw_only=True):
+    """One placement of an instance on a node. A move is the next epoch.
+
+    Attributes:
+        epoch: 1 at first, one more at each move or new attempt.
+        node_id: the node that runs it (the first of several, for sharded engines).
+        backend: resolved ``<engine>-<compute>`` tag.
+        context_length: admitted window of one request, tokens.
+        n_parallel: sequences served side by side.
+        kv_cells: cells allocated for all sequences together.
+        memory: what is reserved.
+    """
+
+    epoch: int
+    node_id: str
+    runner_id: str
+    backend: str
+    context_length: int
+    n_parallel: int
+    kv_cells: int
+    memory: MemoryEstimate
+
+
+class Instance(Wire, frozen=True, kw_only=True):
+    """One wanted instance of a model. Its id names the placement and survives moves.
+
+    Attributes:
+        assignment: where it runs; None while it is pending.
+        last_epoch: the highest epoch ever assigned; the next one is one more.
+        reason: why it is pending, or what the last move was for.
+        created_at: seconds since the epoch.
+        position: of the event that wrote this version; the higher wins in a merge.
+    """
+
+    instance_id: str
+    request: PlacementRequest
+    assignment: Assignment | None = None
+    last_epoch: int = 0
+    reason: str = ""
+    created_at: float = 0.0
+    position: Position = ORIGIN
+
+    @property
+    def model_id(self) -> str:
+        return self.request.card.model_id
+
+
+class Tombstone(Wire, frozen=True, kw_only=True):
+    """A deleted instance; it beats every version up to ``position`` and lives 30 days."""
+
+    instance_id: str
+    position: Position
+    deleted_at: float
+
+
+class Drain(Wire, frozen=True, kw_only=True):
+    """A node that takes no new work until it is undone; an undone one stays as a record, so that merges agree.
+
+    Attributes:
+        since: seconds since the epoch.
+        position: of the event that wrote this version; the higher wins in a merge.
+    """
+
+    node_id: str
+    since: float
+    reason: str = ""
+    active: bool = True
+    position: Position = ORIGIN
+
+
+class ClusterState(Wire, frozen=True, kw_only=True):
+    """The fold of the log up to ``position``.
+
+    Attributes:
+        partial: an event was skipped that this version doesn't know; fetch snapshots instead of folding.
+    """
+
+    cluster: str
+    position: Position = ORIGIN
+    instances: dict[str, Instance] = {}
+    tombstones: dict[str, Tombstone] = {}
+    drains: dict[str, Drain] = {}
+    partial: bool = False
