@@ -5,7 +5,8 @@
     request     one question, one answer or an error, within a given time
     serve       the endpoints of one service; each call runs in a task of its own
 
-Errors of all calls, by code: ``bus_disconnected`` (not sent; try again), ``unreachable`` (nobody listens there now),
+Errors of all calls, by code: ``bus_disconnected`` (no connection now, or a request's broke before its answer
+came: repeat it under the same id), ``unreachable`` (nobody listens there now),
 ``deadline_exceeded`` (no answer in time), ``message_too_large`` (with size and limit, before anything is sent),
 ``invalid_message`` (the other side sent what this version can't read), and whatever the called service answers.
 """
@@ -47,7 +48,16 @@ class Call(msgspec.Struct, Generic[Q], frozen=True, kw_only=True):
 
 
 class BusCounters(msgspec.Struct, kw_only=True):
-    """What went through and what went wrong since the start; for ``/metrics`` and ``/state``."""
+    """What went through and what went wrong since the start; for ``/metrics`` and ``/state``.
+
+    Attributes:
+        refused_late: calls dropped because their caller no longer waits.
+        dropped_slow: messages that a full subscription threw away.
+        handler_errors: exceptions of subscribers' handlers.
+        unsent_answers: answers that found no connection (or too many others waiting).
+        client_errors: errors that the client library reported; ``last_error`` is the last of them.
+        replaced_clients: connections given up, those that never stood included.
+    """
 
     published: int = 0
     received: int = 0
@@ -56,6 +66,8 @@ class BusCounters(msgspec.Struct, kw_only=True):
     refused_late: int = 0
     undecodable: int = 0
     dropped_slow: int = 0
+    handler_errors: int = 0
+    unsent_answers: int = 0
     client_errors: int = 0
     reconnects: int = 0
     replaced_clients: int = 0
@@ -113,7 +125,10 @@ class Bus(Protocol):
         handler: Callable[[Received[M]], None],
         **ids: str,
     ) -> Subscription:
-        """Calls ``handler`` for each message in order; ids that are not given match all. Undecodable ones are counted."""
+        """Calls ``handler`` for each message in order; ids that are not given match all.
+
+        What can't be decoded is counted and dropped.
+        """
         ...
 
     async def request(self, endpoint: Endpoint[Q, R], message: Q, *, timeout_s: float, **ids: str) -> R:

@@ -1,4 +1,4 @@
-"""Every subject of the bus, once: its template, its payload and who speaks. Equal to ``subjects/subjects.toml`` by test.
+"""Every subject of the bus, once: template, payload, who speaks. Equal to ``subjects/subjects.toml`` by test.
 
 Grammar: ``skulk.<cluster>.v1.<plane>.<noun>.<id>…``; every token matches ``[a-z0-9_-]+``.
 """
@@ -15,8 +15,6 @@ from skulk.wire.beats import GatewayBeat, MasterBeat, NodeBeat, RunnerStatus
 from skulk.wire.commands import (
     DeleteInstance,
     DeleteReply,
-    DrainNode,
-    DrainReply,
     History,
     HistoryRequest,
     PlacementReply,
@@ -96,8 +94,8 @@ class Channel(Template, Generic[M]):
 class Endpoint(Template, Generic[Q, R]):
     """A subject that is requested and answered; an endpoint of a NATS service.
 
-    The endpoints of one service share plane and ids and differ in the noun: all calls to one instance of a service come in on one
-    wildcard subscription, so that they are handled in the order they were sent.
+    The endpoints of one service share plane and ids and differ in the noun: all calls to one instance of a service come
+    in on one wildcard subscription, so that they are handled in the order they were sent.
 
     Args:
         service: name of the service it belongs to.
@@ -140,9 +138,10 @@ STREAM: Final = Channel("stream", "stream.{gateway}.{request}.{attempt}", Chunk)
 ALIVE: Final = Channel("alive", "alive.{gateway}.{runner}", Alive)
 
 MASTER_PLACE: Final = Endpoint("place", "master.place.{node}", PlaceModel, PlacementReply, service="master")
-MASTER_PREVIEW: Final = Endpoint("preview", "master.preview.{node}", PreviewPlacement, PlacementDecision, service="master")
+MASTER_PREVIEW: Final = Endpoint(
+    "preview", "master.preview.{node}", PreviewPlacement, PlacementDecision, service="master"
+)
 MASTER_DELETE: Final = Endpoint("delete", "master.delete.{node}", DeleteInstance, DeleteReply, service="master")
-MASTER_DRAIN: Final = Endpoint("drain", "master.drain.{node}", DrainNode, DrainReply, service="master")
 NODE_SNAPSHOT: Final = Endpoint("snapshot", "node.snapshot.{node}", SnapshotRequest, Snapshot, service="node")
 EVENTS_HISTORY: Final = Endpoint(
     "history", "events.history", HistoryRequest, History, service="events", queue_group="nodes"
@@ -157,7 +156,6 @@ ENDPOINTS: Final[tuple[Endpoint[Any, Any], ...]] = (
     MASTER_PLACE,
     MASTER_PREVIEW,
     MASTER_DELETE,
-    MASTER_DRAIN,
     NODE_SNAPSHOT,
     EVENTS_HISTORY,
     RUNNER_GENERATE,

@@ -1,14 +1,14 @@
 """The fold: one event applied to the state, and the digest that tells two states apart.
 
-    event                 effect
-    TermBegan             the position moves to the new term
-    InstanceCreated       the instance is there, pending, unless a tombstone covers it
-    InstanceAssigned      it belongs to a node; its epoch never falls
-    InstanceUnassigned    it is pending again
-    InstanceDeleted       it is gone; its tombstone stays
-    NodeDrainStarted      the node takes no new work
-    NodeDrainEnded        it does again
-    TombstonesExpired     those tombstones are gone
+event                 effect
+TermBegan             the position moves to the new term
+InstanceCreated       the instance is there, pending; made again, its epochs go on from its tombstone's
+InstanceAssigned      it belongs to a node; its epoch never falls
+InstanceUnassigned    it is pending again
+InstanceDeleted       it is gone; its tombstone stays
+NodeDrainStarted      the node takes no new work
+NodeDrainEnded        it does again
+TombstonesExpired     those tombstones are gone
 """
 
 from __future__ import annotations
@@ -73,9 +73,11 @@ def fold(state: ClusterState, record: EventRecord) -> ClusterState:
 
 def _created(state: ClusterState, instance: Instance, position: Position) -> ClusterState:
     tombstone = state.tombstones.get(instance.instance_id)
-    if tombstone is not None and tombstone.position >= position:
-        return state
-    return _with_instance(state, msgspec.structs.replace(instance, position=position))
+    if tombstone is None:
+        return _with_instance(state, msgspec.structs.replace(instance, position=position))
+    assert position > tombstone.position, "the log moves on: an event comes after every tombstone of its past"
+    last_epoch = max(instance.last_epoch, tombstone.last_epoch)
+    return _with_instance(state, msgspec.structs.replace(instance, position=position, last_epoch=last_epoch))
 
 
 def _assigned(state: ClusterState, event: InstanceAssigned, position: Position) -> ClusterState:
@@ -101,7 +103,14 @@ def _unassigned(state: ClusterState, event: InstanceUnassigned, position: Positi
 
 
 def _deleted(state: ClusterState, event: InstanceDeleted, position: Position) -> ClusterState:
-    tombstone = Tombstone(instance_id=event.instance_id, position=position, deleted_at=event.deleted_at)
+    instance = state.instances.get(event.instance_id)
+    earlier = state.tombstones.get(event.instance_id)
+    tombstone = Tombstone(
+        instance_id=event.instance_id,
+        position=position,
+        deleted_at=event.deleted_at,
+        last_epoch=max(0 if known is None else known.last_epoch for known in (instance, earlier)),
+    )
     return msgspec.structs.replace(
         state,
         instances=_without(state.instances, (event.instance_id,)),

@@ -1,14 +1,14 @@
 """How a follower keeps up with the log: fold what follows, ask for a snapshot where something is missing.
 
-    heard                                       does
-    event at or before my position              ignored: a repetition
-    event that directly follows, same term      folded
-    TermBegan that directly follows, my hash    folded
-    any other event                             snapshot wanted
-    master's beat with my position and hash     nothing
-    master's beat with another one              snapshot wanted
-    snapshot above my position, or of the same  taken
-    position and another hash
+heard                                       does
+event at or before my position              ignored: a repetition
+event that directly follows, same term      folded
+TermBegan that directly follows, my hash    folded
+any other event                             snapshot wanted
+master's beat with my position and hash     nothing
+master's beat with another one              snapshot wanted
+snapshot above my position, or of the same  taken
+position and another hash
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The one liveness table: who must speak how often, and what silence means (DESIGN 3). Seconds throughout.
 
-    speaker   every   silent for   means
-    master    0.5     1.5          the pre-vote begins
-    node      1.0     3.0          suspect
-                      5.0          lost (2.0 when its routes closed too)
-    runner    0.5     2.5          its streams are dead
-    gateway   1.0     5.0          its requests are cancelled by the runners
+speaker   every   silent for   means
+master    0.5     1.5          the pre-vote begins
+node      1.0     3.0          suspect
+                  5.0          lost (2.0 when its routes closed too)
+runner    0.5     2.5          its streams are dead
+gateway   1.0     5.0          its requests are cancelled by the runners
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Two lineages made one: pure, commutative, associative, idempotent (DESIGN 3). A stale state erases nothing.
 
-    instance    the version with the higher (epoch, position) wins
-    tombstone   united; it beats every version of its instance up to its position
-    drain       the version with the higher position wins
-    position    the higher; ``seq`` the higher of both, so that it never falls
+instance    the version with the higher (epoch, position) wins
+tombstone   united; it beats every version of its instance up to its position
+drain       the version with the higher position wins
+position    the higher; ``seq`` the higher of both, so that it never falls
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is known now: the replicated state plus what heartbeats say. Placement and ``/state`` read this; it is never logged."""
+"""What is known now: the replicated state plus what heartbeats say; what placement and ``/state`` read. Never logged."""
 
 from __future__ import annotations
 
@@ -38,9 +38,7 @@ class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
 
 def with_state(view: ClusterView, state: ClusterState) -> ClusterView:
     """The view over another state; statuses of runners that nobody wants any more are dropped."""
-    wanted = {
-        instance.assignment.runner_id for instance in state.instances.values() if instance.assignment is not None
-    }
+    wanted = {instance.assignment.runner_id for instance in state.instances.values() if instance.assignment is not None}
     held = {status.runner_id for node in view.nodes.values() for status in node.beat.runners}
     runners = {name: status for name, status in view.runners.items() if name in wanted or name in held}
     return msgspec.structs.replace(view, state=state, runners=runners)
@@ -74,9 +72,12 @@ def with_master_beat(view: ClusterView, beat: MasterBeat, now: float) -> Cluster
     return msgspec.structs.replace(view, master=beat, master_heard_at=now)
 
 
-def without_lost(view: ClusterView, now: float) -> ClusterView:
-    """The view without nodes that were silent for too long, and without their runners; itself where none is."""
-    lost = {name for name, node in view.nodes.items() if now - node.heard_at >= NODE_LOST_S}
+def without_lost(view: ClusterView, now: float, listening_since: float = 0.0) -> ClusterView:
+    """The view without nodes that were silent for too long, and without their runners; itself where none is.
+
+    Silence before ``listening_since`` doesn't count: the observer couldn't hear.
+    """
+    lost = {name for name, node in view.nodes.items() if now - max(node.heard_at, listening_since) >= NODE_LOST_S}
     if not lost:
         return view
     nodes = {name: node for name, node in view.nodes.items() if name not in lost}

@@ -13,7 +13,7 @@ RunnerPhase = Literal["accepted", "refused", "starting", "loading", "warming", "
 
 
 class MemoryFacts(Wire, frozen=True, kw_only=True):
-    """A node's memory in bytes. ``usable_bytes``: what models may take now, by the rules of the spec, before reservations."""
+    """A node's memory in bytes. ``usable_bytes``: what models may take now, before reservations."""
 
     total_bytes: int
     available_bytes: int

@@ -59,22 +59,6 @@ class DeleteReply(Wire, frozen=True, kw_only=True):
     position: Position
 
 
-class DrainNode(Wire, frozen=True, kw_only=True):
-    """Start or (``undo``) end a drain; ``node``: id or name."""
-
-    command_id: str
-    node: str
-    undo: bool = False
-
-
-class DrainReply(Wire, frozen=True, kw_only=True):
-    """Answer to `DrainNode`."""
-
-    command_id: str
-    node_id: str
-    position: Position
-
-
 class SnapshotRequest(Wire, frozen=True, kw_only=True):
     """Ask a node for its whole state."""
 

@@ -107,6 +107,8 @@ class Generate(Wire, frozen=True, kw_only=True):
         request_id: the same over all attempts; `attempt` counts from 1.
         gateway_id: whose stream subject the chunks go to; ``gateway_incarnation`` is its life.
         n: choices of the same prompt.
+        timeout_s: seconds from its arrival at the runner until the stream ends with ``deadline_exceeded``, whatever it
+            has sent by then; None: the runner's own limit. A duration, for the clocks of two machines differ.
     """
 
     request_id: str
@@ -119,6 +121,7 @@ class Generate(Wire, frozen=True, kw_only=True):
     limits: Limits = Limits()
     n: int = 1
     resume: Resume | None = None
+    timeout_s: float | None = None
 
 
 class Accepted(Wire, frozen=True, kw_only=True):

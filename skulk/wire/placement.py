@@ -48,9 +48,13 @@ class NodeReport(Wire, frozen=True, kw_only=True):
     """Why a node was taken, or not: the filter that excluded it with its numbers, or the score in parts.
 
     Attributes:
-        filter: named reason (``backend_mismatch``, ``memory``, ``excluded``, ``draining``, ``weights_missing``, ``lost``,
-            ``incompatible``, ``management``); None: the node can serve it.
+        filter: named reason (``lost``, ``incompatible``, ``management``, ``excluded``, ``not_selected``, ``draining``,
+            ``facts_pending``, ``backend_mismatch``, ``weights_missing``, ``memory``); None: the node can serve it.
         detail: the reason with numbers, for people.
+        context_length: window of one request that would be admitted, tokens; 0 where none is.
+        n_parallel: sequences that would be served side by side.
+        kv_cells: cells that would be allocated for all of them together.
+        available_bytes: room of the node before this placement.
         score: parts by name, higher is better, compared in this order; empty where filtered.
     """
 
@@ -60,6 +64,8 @@ class NodeReport(Wire, frozen=True, kw_only=True):
     detail: str = ""
     backend: str | None = None
     context_length: int = 0
+    n_parallel: int = 0
+    kv_cells: int = 0
     memory: MemoryEstimate | None = None
     available_bytes: int = 0
     score: dict[str, float] = {}

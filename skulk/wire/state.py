@@ -75,11 +75,17 @@ class Instance(Wire, frozen=True, kw_only=True):
 
 
 class Tombstone(Wire, frozen=True, kw_only=True):
-    """A deleted instance; it beats every version up to ``position`` and lives 30 days."""
+    """A deleted instance; it beats every version up to ``position`` and lives 30 days.
+
+    Attributes:
+        last_epoch: of the deleted instance; one that is made again under this id goes on from there, so that no
+            runner id is ever used twice.
+    """
 
     instance_id: str
     position: Position
     deleted_at: float
+    last_epoch: int = 0
 
 
 class Drain(Wire, frozen=True, kw_only=True):

@@ -1,0 +1,208 @@
+"""A follower's copy of cluster state and view, kept up over the bus. Gateways and nodes hold one each.
+
+    event ──> follow_event ──┐            ┌──> on_change callbacks
+    beat  ──> with_*_beat  ──┼──> view ───┤
+    status ─> with_runner_ ──┘            └──> wait_for(position), wait_until(predicate)
+
+Where the log has a gap, it asks the master for a snapshot; one question at a time, the next not sooner than 0.25 s later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+from skulk.bus.port import Bus, Received, Subscription
+from skulk.bus.subjects import EVENT, MASTER_BEAT, NODE_BEAT, NODE_SNAPSHOT, RUNNER_STATUS
+from skulk.clock import Clock
+from skulk.cluster.fold import state_hash
+from skulk.cluster.follow import follow_beat, follow_event, follow_snapshot
+from skulk.cluster.liveness import MASTER_SILENT_S
+from skulk.cluster.view import (
+    ClusterView,
+    with_master_beat,
+    with_node_beat,
+    with_runner_status,
+    with_state,
+    without_lost,
+    without_master,
+)
+from skulk.errors import SkulkError
+from skulk.wire.beats import MasterBeat, NodeBeat, RunnerStatus
+from skulk.wire.commands import SnapshotRequest
+from skulk.wire.events import EventRecord
+from skulk.wire.state import ClusterState, Position
+
+log = logging.getLogger("skulk.replica")
+
+HISTORY_EVENTS: Final = 1_000
+SWEEP_S: Final = 0.5
+SNAPSHOT_PAUSE_S: Final = 0.25
+SNAPSHOT_TIMEOUT_S: Final = 2.0
+
+
+class Replica:
+    """Follows the cluster. Call `start`, then keep `run` going; single event loop, no locks.
+
+    Args:
+        bus: where to listen.
+        clock: for silence and ages.
+        state: what was known before, from disk.
+    """
+
+    def __init__(self, bus: Bus, clock: Clock, state: ClusterState | None = None) -> None:
+        self._bus = bus
+        self._clock = clock
+        self._view = ClusterView(state=state or ClusterState(cluster=bus.cluster))
+        self._hash = state_hash(self._view.state)
+        self._ring: deque[EventRecord] = deque(maxlen=HISTORY_EVENTS)
+        self._callbacks: list[Callable[[ClusterView], None]] = []
+        self._status_callbacks: list[Callable[[RunnerStatus], None]] = []
+        self._changed = asyncio.Event()
+        self._snapshot_wanted = asyncio.Event()
+        self._subscriptions: list[Subscription] = []
+        self._silence_from = clock.now()
+
+    @property
+    def view(self) -> ClusterView:
+        """What is known now."""
+        return self._view
+
+    @property
+    def hash(self) -> str:
+        """The digest of the state."""
+        return self._hash
+
+    def history(self, limit: int, since: int = 0) -> tuple[EventRecord, ...]:
+        """The newest ``limit`` events with a ``seq`` above ``since``, oldest first."""
+        found = [record for record in self._ring if record.position.seq > since]
+        return tuple(found[-limit:]) if limit > 0 else ()
+
+    def on_change(self, callback: Callable[[ClusterView], None]) -> Callable[[], None]:
+        """Calls ``callback`` after each change of the view; it may only look and enqueue. Returns what ends that."""
+        self._callbacks.append(callback)
+        return lambda: self._callbacks.remove(callback)
+
+    def on_runner_status(self, callback: Callable[[RunnerStatus], None]) -> Callable[[], None]:
+        """Calls ``callback`` with each status message as it comes. Returns what ends that."""
+        self._status_callbacks.append(callback)
+        return lambda: self._status_callbacks.remove(callback)
+
+    async def start(self) -> None:
+        """Subscribes; from here on nothing is missed."""
+        bus = self._bus
+        self._subscriptions = [
+            await bus.subscribe(EVENT, self._event_heard),
+            await bus.subscribe(MASTER_BEAT, self._master_heard),
+            await bus.subscribe(NODE_BEAT, self._node_heard),
+            await bus.subscribe(RUNNER_STATUS, self._status_heard),
+        ]
+
+    async def close(self) -> None:
+        """Ends the subscriptions."""
+        for subscription in self._subscriptions:
+            await subscription.close()
+        self._subscriptions = []
+
+    async def run(self) -> None:
+        """Sweeps out what fell silent and fetches snapshots, until cancelled."""
+        stop_listening = self._bus.on_state(lambda _state: self._restart_silence())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._sweep(), name="replica-sweep")
+                tasks.create_task(self._fetch_snapshots(), name="replica-snapshots")
+        finally:
+            stop_listening()
+
+    async def wait_for(self, position: Position, timeout_s: float) -> bool:
+        """Waits until the state has reached ``position``; False when the time is up first."""
+        return await self.wait_until(lambda view: view.state.position >= position, timeout_s)
+
+    async def wait_until(self, is_true: Callable[[ClusterView], bool], timeout_s: float) -> bool:
+        """Waits until the view satisfies a predicate; False when the time is up first."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not is_true(self._view):
+                    await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _event_heard(self, received: Received[EventRecord]) -> None:
+        record = received.message
+        followed = follow_event(self._view.state, record)
+        if followed.wants_snapshot:
+            self._snapshot_wanted.set()
+        if followed.state is not self._view.state:
+            self._ring.append(record)
+            self._set_state(followed.state)
+
+    def _master_heard(self, received: Received[MasterBeat]) -> None:
+        beat = received.message
+        view = with_master_beat(self._view, beat, self._clock.now())
+        if view is self._view:
+            return
+        self._set(view)
+        if follow_beat(view.state, self._hash, beat):
+            self._snapshot_wanted.set()
+
+    def _node_heard(self, received: Received[NodeBeat]) -> None:
+        self._set(with_node_beat(self._view, received.message, self._clock.now()))
+
+    def _status_heard(self, received: Received[RunnerStatus]) -> None:
+        for callback in tuple(self._status_callbacks):
+            callback(received.message)
+        self._set(with_runner_status(self._view, received.message))
+
+    def _set_state(self, state: ClusterState) -> None:
+        self._hash = state_hash(state)
+        self._set(with_state(self._view, state))
+
+    def _set(self, view: ClusterView) -> None:
+        self._view = view
+        self._changed.set()
+        self._changed = asyncio.Event()
+        for callback in tuple(self._callbacks):
+            callback(view)
+
+    def _restart_silence(self) -> None:
+        """Silence counts only while the own connection is up (DESIGN 3)."""
+        self._silence_from = self._clock.now()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            now = self._clock.now()
+            if self._bus.state != "connected":
+                continue
+            view = without_lost(self._view, now, self._silence_from)
+            heard_at = max(view.master_heard_at, self._silence_from)
+            if view.master is not None and now - heard_at >= MASTER_SILENT_S:
+                view = without_master(view)
+            if view is not self._view:
+                self._set(view)
+
+    async def _fetch_snapshots(self) -> None:
+        while True:
+            await self._snapshot_wanted.wait()
+            self._snapshot_wanted.clear()
+            await self._fetch_snapshot()
+            await asyncio.sleep(SNAPSHOT_PAUSE_S)
+
+    async def _fetch_snapshot(self) -> None:
+        master = self._view.master
+        if master is None:
+            return
+        question: dict[str, Any] = {"timeout_s": SNAPSHOT_TIMEOUT_S, "node": master.node_id}
+        try:
+            answer = await self._bus.request(NODE_SNAPSHOT, SnapshotRequest(), **question)
+        except SkulkError as error:
+            # the master's next beat asks again
+            log.info("no snapshot from the master %s: %s", master.node_id, error)
+            return
+        taken = follow_snapshot(self._view.state, self._hash, answer.state)
+        if taken is not self._view.state:
+            self._set_state(taken)

@@ -1,0 +1,265 @@
+"""The runners of one node: each wanted one is admitted, started, watched and stopped here.
+
+    wanted ──> prepare (weights, hash) ──> admit (memory) ──> accepted ──> process, restarted by policy ──> stopped
+                      │                        │                               │
+                      └────────> refused <─────┘                               └──> failed, with its reason
+
+A refused runner stays listed, so that the master reads the refusal; it goes when the state no longer wants it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Final, Protocol
+
+import msgspec
+
+from skulk.bus.port import Bus
+from skulk.bus.subjects import RUNNER_STATUS
+from skulk.clock import Clock
+from skulk.cluster.reconcile import Wanted, difference
+from skulk.errors import ServiceError, SkulkError
+from skulk.placement.admission import OwnFacts, admit
+from skulk.placement.rooms import reserved_bytes
+from skulk.wire.base import ErrorBody
+from skulk.wire.beats import RunnerPhase, RunnerStatus
+
+log = logging.getLogger("skulk.node")
+
+UNSENT_STATUSES: Final = 1_000
+
+
+class ProcessReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a runner's supervisor says: it ended, and whether it is started again."""
+
+    error: ErrorBody
+    restarts: int
+    is_final: bool
+
+
+class RunnerProcess(Protocol):
+    """A runner's process under supervision."""
+
+    @property
+    def pid(self) -> int | None: ...
+
+    async def run(self) -> None:
+        """Keeps it running until it is stopped or the supervisor gives up."""
+        ...
+
+    async def stop(self) -> None:
+        """Drains and ends it; returns when it is gone."""
+        ...
+
+
+class Prepared(msgspec.Struct, frozen=True, kw_only=True):
+    """What a runner needs from this node's disk."""
+
+    path: str
+
+
+class Host(Protocol):
+    """What hosting needs from the outside."""
+
+    async def prepare(self, wanted: Wanted) -> Prepared:
+        """Finds and verifies the weights; a `SkulkError` is the reason of the refusal."""
+        ...
+
+    async def facts(self) -> OwnFacts:
+        """This node's tags and memory, measured now."""
+        ...
+
+    def process(self, wanted: Wanted, prepared: Prepared, on_exit: Callable[[ProcessReport], None]) -> RunnerProcess:
+        """A supervised process that isn't running yet."""
+        ...
+
+
+class _Runner:
+    """One runner that is, or was to be, here."""
+
+    def __init__(self, wanted: Wanted, status: RunnerStatus) -> None:
+        self.wanted = wanted
+        self.status = status
+        self.process: RunnerProcess | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.is_stopping = False
+
+
+class Hosting:
+    """Keeps the runners of one node as the state wants them. Single event loop, no locks.
+
+    Args:
+        node_id: this node.
+        host: weights, memory and processes of this machine.
+    """
+
+    def __init__(self, bus: Bus, clock: Clock, node_id: str, host: Host) -> None:
+        self._bus = bus
+        self._clock = clock
+        self._node_id = node_id
+        self._host = host
+        self._runners: dict[str, _Runner] = {}
+        self._unsent: asyncio.Queue[RunnerStatus] = asyncio.Queue(UNSENT_STATUSES)
+        self._wanted: dict[str, Wanted] = {}
+        self._changed = asyncio.Event()
+
+    def statuses(self) -> tuple[RunnerStatus, ...]:
+        """The status of every runner that is here, by id."""
+        return tuple(self._runners[name].status for name in sorted(self._runners))
+
+    def pids(self) -> dict[str, int]:
+        """The process ids of the runners that have a process now."""
+        found = ((name, runner.process) for name, runner in self._runners.items())
+        return {name: process.pid for name, process in found if process is not None and process.pid is not None}
+
+    def want(self, wanted: dict[str, Wanted]) -> None:
+        """Says what should run from now on."""
+        self._wanted = wanted
+        self._changed.set()
+
+    def heard(self, status: RunnerStatus) -> None:
+        """A runner's own word about itself; what others say about runners that aren't here is ignored."""
+        runner = self._runners.get(status.runner_id)
+        if runner is not None and status.since >= runner.status.since and not runner.is_stopping:
+            runner.status = msgspec.structs.replace(status, restarts=runner.status.restarts)
+
+    async def run(self) -> None:
+        """Starts and stops runners until cancelled; then stops all of them."""
+        async with asyncio.TaskGroup() as tasks:
+            publisher = tasks.create_task(self._publish(), name="runner-statuses")
+            try:
+                while True:
+                    self._reconcile(tasks)
+                    await self._changed.wait()
+                    self._changed.clear()
+            finally:
+                await self._stop_all()
+                publisher.cancel()
+
+    def _reconcile(self, tasks: asyncio.TaskGroup) -> None:
+        found = difference(self._wanted, frozenset(self._runners))
+        for wanted in found.start:
+            runner_id = wanted.assignment.runner_id
+            runner = _Runner(wanted, self._status(wanted, "starting"))
+            self._runners[runner_id] = runner
+            runner.task = tasks.create_task(self._keep(runner), name=f"runner-{runner_id}")
+        for runner_id in found.stop:
+            runner = self._runners[runner_id]
+            if not runner.is_stopping:
+                runner.is_stopping = True
+                tasks.create_task(self._stop(runner), name=f"stop-{runner_id}")
+
+    async def _keep(self, runner: _Runner) -> None:
+        """The life of one runner, from its admission until it is stopped."""
+        try:
+            prepared = await self._host.prepare(runner.wanted)
+            facts = await self._host.facts()
+            refusal = admit(facts, runner.wanted.assignment, self._reserved_besides(runner))
+        except SkulkError as error:
+            self._tell(runner, "refused", ErrorBody.of(error))
+            return
+        if refusal is not None:
+            self._tell(runner, "refused", ErrorBody.of(refusal))
+            return
+        # no await since the memory was counted: two runners can't be admitted on the same room
+        self._tell(runner, "accepted")
+        process = self._host.process(runner.wanted, prepared, lambda report: self._exited(runner, report))
+        runner.process = process
+        await process.run()
+
+    def _reserved_besides(self, runner: _Runner) -> int:
+        others = [found for found in self._runners.values() if found is not runner and found.status.phase != "refused"]
+        admitted = [found for found in others if found.process is not None or found.status.phase == "accepted"]
+        return reserved_bytes(
+            [found.status for found in admitted],
+            {found.status.runner_id: found.wanted.assignment.memory.need_bytes for found in admitted},
+            {found.status.runner_id: found.status.memory_bytes for found in admitted},
+        )
+
+    def measured(self, memory_bytes: dict[str, int]) -> None:
+        """Takes in what each runner's process was measured to hold, in bytes, by runner id."""
+        for name, size in memory_bytes.items():
+            if (runner := self._runners.get(name)) is not None:
+                runner.status = msgspec.structs.replace(runner.status, memory_bytes=size)
+
+    def _exited(self, runner: _Runner, report: ProcessReport) -> None:
+        if runner.is_stopping:
+            return
+        log.warning("runner %s: %s", runner.status.runner_id, report.error.detail)
+        runner.status = msgspec.structs.replace(runner.status, restarts=report.restarts)
+        self._tell(runner, "failed", report.error)
+
+    async def _stop(self, runner: _Runner) -> None:
+        self._tell(runner, "draining")
+        if runner.process is not None:
+            await runner.process.stop()
+        if runner.task is not None:
+            runner.task.cancel()
+            await asyncio.wait({runner.task})
+        self._runners.pop(runner.status.runner_id, None)
+        self._tell(runner, "stopped")
+        self._changed.set()
+
+    async def _stop_all(self) -> None:
+        async def stop(runner: _Runner) -> None:
+            runner.is_stopping = True
+            await self._stop(runner)
+
+        await _all(*(stop(runner) for runner in tuple(self._runners.values()) if not runner.is_stopping))
+        while not self._unsent.empty() and self._bus.state == "connected":
+            await self._send(self._unsent.get_nowait())
+
+    def _status(self, wanted: Wanted, phase: RunnerPhase) -> RunnerStatus:
+        assignment = wanted.assignment
+        return RunnerStatus(
+            runner_id=assignment.runner_id,
+            instance_id=wanted.instance.instance_id,
+            epoch=assignment.epoch,
+            node_id=self._node_id,
+            model_id=wanted.instance.model_id,
+            phase=phase,
+            reserved_bytes=assignment.memory.need_bytes,
+            since=self._clock.wall(),
+        )
+
+    def _tell(self, runner: _Runner, phase: RunnerPhase, error: ErrorBody | None = None) -> None:
+        """Sets a runner's phase and tells everybody at once."""
+        kept = runner.status
+        status = msgspec.structs.replace(
+            self._status(runner.wanted, phase),
+            error=error,
+            restarts=kept.restarts,
+            memory_bytes=kept.memory_bytes if phase == "draining" else 0,
+            since=max(self._clock.wall(), kept.since),
+        )
+        runner.status = status
+        try:
+            self._unsent.put_nowait(status)
+        except asyncio.QueueFull:
+            log.warning("a status of %s waits for the next beat: the bus takes none", status.runner_id)
+
+    async def _publish(self) -> None:
+        while True:
+            await self._send(await self._unsent.get())
+
+    async def _send(self, status: RunnerStatus) -> None:
+        try:
+            await self._bus.publish(RUNNER_STATUS, status, runner=status.runner_id)
+        except SkulkError as error:
+            # the next beat carries it
+            log.info("the status of %s was not published: %s", status.runner_id, error)
+
+
+async def _all(*waits: Awaitable[None]) -> None:
+    """Awaits all, and raises the first failure after the last has ended."""
+    results = await asyncio.gather(*waits, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+
+
+def lost_process(detail: str) -> ErrorBody:
+    """The error of streams whose runner's process ended."""
+    return ErrorBody.of(ServiceError("runner_failed", detail))

@@ -1,0 +1,174 @@
+"""The node: speaks every second, runs what the state gives it, answers for its state and its events."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from skulk.bus.port import Bus, Call
+from skulk.bus.replica import HISTORY_EVENTS, Replica
+from skulk.bus.subjects import EVENTS_HISTORY, NODE_BEAT, NODE_SNAPSHOT, PROTOCOL
+from skulk.clock import Clock
+from skulk.cluster.liveness import NODE_BEAT_S
+from skulk.cluster.reconcile import wanted_of
+from skulk.cluster.view import ClusterView
+from skulk.errors import RequestError, SkulkError
+from skulk.node.hosting import Hosting
+from skulk.node.identity import NodeIdentity
+from skulk.node.storage import StateFile
+from skulk.wire.beats import DiskFacts, MemoryFacts, NodeBeat, Role, SystemFacts, Warning
+from skulk.wire.commands import History, HistoryRequest, Snapshot, SnapshotRequest
+from skulk.wire.model import HeldModel
+from skulk.wire.state import ClusterState
+
+log = logging.getLogger("skulk.node")
+
+
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node measures of itself for one beat.
+
+    Attributes:
+        runner_bytes: memory of each runner's process, by runner id, measured together with ``memory``.
+    """
+
+    tags: tuple[str, ...]
+    system: SystemFacts
+    memory: MemoryFacts
+    disk: DiskFacts
+    load: float
+    models: tuple[HeldModel, ...]
+    warnings: tuple[Warning, ...]
+    runner_bytes: dict[str, int]
+
+
+class Meter(Protocol):
+    """Measures this machine."""
+
+    async def measure(self, pids: dict[str, int]) -> Measured:
+        """Facts as they are now; ``pids``: the runners' processes by runner id."""
+        ...
+
+
+class NodeRoles(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node is told about its place in the cluster: ``version`` of Skulk, its role, its addresses."""
+
+    version: str
+    role: Role
+    route: str | None = None
+    api: str | None = None
+
+
+class Node:
+    """The node role. Keep `run` going.
+
+    Args:
+        meter: measures the machine.
+        hosting: its runners.
+        authority: the master's own state while this node leads, else None.
+        roles: asked at each beat, for addresses are known only after the start.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        replica: Replica,
+        clock: Clock,
+        identity: NodeIdentity,
+        *,
+        meter: Meter,
+        hosting: Hosting,
+        state_file: StateFile,
+        authority: Callable[[], ClusterState | None],
+        roles: Callable[[], NodeRoles],
+    ) -> None:
+        self._bus = bus
+        self._replica = replica
+        self._clock = clock
+        self._identity = identity
+        self._meter = meter
+        self._hosting = hosting
+        self._state_file = state_file
+        self._authority = authority
+        self._roles = roles
+        self._started_at = clock.wall()
+
+    async def run(self) -> None:
+        """Plays the role until cancelled; then its runners are stopped and the state is on disk."""
+        replica = self._replica
+        stop_listening = replica.on_change(self._view_changed)
+        stop_statuses = replica.on_runner_status(self._hosting.heard)
+        node_id = self._identity.node_id
+        node_service = await self._bus.serve("node", {NODE_SNAPSHOT: self._snapshot}, node=node_id)
+        events_service = await self._bus.serve("events", {EVENTS_HISTORY: self._history}, metadata={"node": node_id})
+        self._view_changed(replica.view)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._beat(), name="node-beat")
+                tasks.create_task(self._hosting.run(), name="hosting")
+                tasks.create_task(self._state_file.run(), name="state-file")
+        finally:
+            stop_listening()
+            stop_statuses()
+            await self._state_file.flush()
+            await events_service.close(drain_s=0.0)
+            await node_service.close(drain_s=0.0)
+
+    def _view_changed(self, view: ClusterView) -> None:
+        self._hosting.want(wanted_of(view.state, self._identity.node_id))
+        self._state_file.offer(view.state)
+
+    async def _beat(self) -> None:
+        while True:
+            due = self._clock.now() + NODE_BEAT_S
+            try:
+                await self._bus.publish(NODE_BEAT, await self._compose(), node=self._identity.node_id)
+            except SkulkError as error:
+                log.info("no beat: %s", error)
+            await asyncio.sleep(max(0.0, due - self._clock.now()))
+
+    async def _compose(self) -> NodeBeat:
+        measured = await self._meter.measure(self._hosting.pids())
+        self._hosting.measured(measured.runner_bytes)
+        roles = self._roles()
+        view = self._replica.view
+        return NodeBeat(
+            node_id=self._identity.node_id,
+            incarnation=self._identity.incarnation,
+            name=self._identity.name,
+            version=roles.version,
+            protocol=PROTOCOL,
+            role=roles.role,
+            at=self._clock.wall(),
+            started_at=self._started_at,
+            tags=measured.tags,
+            system=measured.system,
+            memory=measured.memory,
+            disk=measured.disk,
+            load=measured.load,
+            models=measured.models,
+            runners=self._hosting.statuses(),
+            warnings=measured.warnings,
+            position=view.state.position,
+            state_hash=self._replica.hash,
+            master=None if view.master is None else view.master.node_id,
+            route=roles.route,
+            api=roles.api,
+            hears=tuple(sorted(view.nodes)),
+        )
+
+    async def _snapshot(self, call: Call[SnapshotRequest]) -> Snapshot:
+        del call
+        state = self._authority() or self._replica.view.state
+        return Snapshot(node_id=self._identity.node_id, state=state)
+
+    async def _history(self, call: Call[HistoryRequest]) -> History:
+        asked = call.message
+        if not 1 <= asked.limit <= HISTORY_EVENTS:
+            raise RequestError(
+                "invalid_request", f"limit {asked.limit} is not from 1 to {HISTORY_EVENTS}", param="limit"
+            )
+        return History(node_id=self._identity.node_id, events=self._replica.history(asked.limit, asked.since))

@@ -1,0 +1,91 @@
+"""The laws of merge, on states that real logs made."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skulk.cluster.fold import fold, state_hash
+from skulk.cluster.merge import merge
+from skulk.wire.events import (
+    Event,
+    InstanceAssigned,
+    InstanceCreated,
+    InstanceDeleted,
+    NodeDrainEnded,
+    NodeDrainStarted,
+)
+from skulk.wire.state import ClusterState, Drain, Term
+from tests.support.states import assignment, instance, record, state_of
+
+NAMES = ("i1", "i2", "i3")
+
+
+def event_of(kind: int, name: str, epoch: int) -> Event:
+    match kind:
+        case 0:
+            return InstanceCreated(instance=instance(name))
+        case 1:
+            return InstanceAssigned(instance_id=name, assignment=assignment(name, epoch=epoch))
+        case 2:
+            return InstanceDeleted(instance_id=name, deleted_at=1.0)
+        case 3:
+            return NodeDrainStarted(drain=Drain(node_id=name, since=1.0))
+        case _:
+            return NodeDrainEnded(node_id=name)
+
+
+drawn_events = st.lists(st.builds(event_of, st.integers(0, 4), st.sampled_from(NAMES), st.integers(1, 4)), max_size=12)
+
+
+@st.composite
+def lineages(draw: st.DrawFn) -> tuple[ClusterState, ClusterState, ClusterState]:
+    """Three states that went on from one past under three masters of their own."""
+    past = run(state_of(), draw(drawn_events), Term(number=1, node_id="aaaa", incarnation="1"))
+    return tuple(  # pyright: ignore[reportReturnType] - a tuple of three
+        run(past, draw(drawn_events), Term(number=2, node_id=node, incarnation="1"))
+        for node in ("aaaa", "bbbb", "cccc")
+    )
+
+
+def run(state: ClusterState, events: list[Event], term: Term) -> ClusterState:
+    for event in events:
+        state = fold(state, record(event, state.position.seq + 1, term))
+    return state
+
+
+@given(lineages())
+def test_merge_is_commutative_associative_and_idempotent(
+    states: tuple[ClusterState, ClusterState, ClusterState],
+) -> None:
+    a, b, c = states
+    assert state_hash(merge(a, b)) == state_hash(merge(b, a))
+    assert state_hash(merge(merge(a, b), c)) == state_hash(merge(a, merge(b, c)))
+    assert state_hash(merge(a, a)) == state_hash(a)
+
+
+@given(lineages())
+def test_what_neither_deleted_is_kept_and_the_position_never_falls(
+    states: tuple[ClusterState, ClusterState, ClusterState],
+) -> None:
+    a, b, _ = states
+    merged = merge(a, b)
+    kept = (a.instances.keys() | b.instances.keys()) - (a.tombstones.keys() | b.tombstones.keys())
+    assert kept <= merged.instances.keys()
+    assert merged.position.seq == max(a.position.seq, b.position.seq)
+    for name, found in merged.instances.items():
+        assert found in (a.instances.get(name), b.instances.get(name))
+
+
+def test_a_stale_state_with_a_high_term_erases_nothing() -> None:
+    fresh = state_of(instance("i1", assigned=assignment(epoch=2)), seq=10)
+    stale = state_of(seq=3, term=Term(number=99, node_id="zzzz", incarnation="1"))
+    assert merge(fresh, stale).instances == fresh.instances
+
+
+def test_a_tombstone_beats_the_versions_it_covers_and_none_above() -> None:
+    past = run(state_of(), [InstanceCreated(instance=instance())], Term(number=1, node_id="aaaa", incarnation="1"))
+    deleted = run(past, [InstanceDeleted(instance_id="i1", deleted_at=1.0)], past.position.term)
+    assert merge(past, deleted).instances == {}
+    again = run(deleted, [InstanceCreated(instance=instance())], past.position.term)
+    assert "i1" in merge(again, deleted).instances

@@ -1,0 +1,117 @@
+"""The view: what beats add to the state, and what falls out of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from skulk.cluster.liveness import node_liveness
+from skulk.cluster.reconcile import difference, wanted_of
+from skulk.cluster.view import (
+    ClusterView,
+    liveness_of,
+    phase_of,
+    ready_instances,
+    runner_of,
+    with_node_beat,
+    with_runner_status,
+    with_state,
+    without_lost,
+)
+from skulk.wire.beats import RunnerPhase
+from tests.support.states import assignment, beat, instance, state_of, status
+
+ASSIGNED = assignment()
+
+
+def view_with(phase: RunnerPhase | None = None) -> ClusterView:
+    view = ClusterView(state=state_of(instance(assigned=ASSIGNED)))
+    return view if phase is None else with_runner_status(view, status(ASSIGNED, phase))
+
+
+@pytest.mark.parametrize(
+    ("phase", "expected"),
+    [
+        (None, "placing"),
+        ("accepted", "loading"),
+        ("starting", "loading"),
+        ("loading", "loading"),
+        ("warming", "loading"),
+        ("ready", "ready"),
+        ("failed", "failed"),
+        ("refused", "failed"),
+        ("draining", "placing"),
+        ("stopped", "placing"),
+    ],
+)
+def test_an_instances_phase_is_its_runners(phase: RunnerPhase | None, expected: str) -> None:
+    view = view_with(phase)
+    assert phase_of(view, view.state.instances["i1"]) == expected
+
+
+def test_an_instance_without_an_assignment_is_pending() -> None:
+    view = ClusterView(state=state_of(instance()))
+    assert phase_of(view, view.state.instances["i1"]) == "pending"
+
+
+def test_the_runner_of_an_old_epoch_does_not_count() -> None:
+    view = with_runner_status(ClusterView(state=state_of(instance(assigned=assignment(epoch=2)))), status(ASSIGNED))
+    assert runner_of(view, view.state.instances["i1"]) is None
+    assert ready_instances(view, "org/model") == ()
+
+
+def test_an_older_status_never_replaces_a_newer_one() -> None:
+    newer = with_runner_status(view_with(), status(ASSIGNED, "ready", since=2.0))
+    late = with_runner_status(newer, status(ASSIGNED, "loading", since=1.0))
+    assert late.runners[ASSIGNED.runner_id].phase == "ready"
+    stale_beat = with_node_beat(late, beat(runners=(status(ASSIGNED, "loading", since=1.0),)), 0.0)
+    assert stale_beat.runners[ASSIGNED.runner_id].phase == "ready"
+
+
+def test_a_beat_names_all_runners_of_its_node() -> None:
+    view = with_node_beat(view_with("ready"), beat(), 0.0)
+    assert view.runners == {}
+
+
+def test_lost_nodes_take_their_runners_with_them() -> None:
+    view = with_node_beat(view_with(), beat(runners=(status(ASSIGNED),)), 10.0)
+    assert liveness_of(view, "aaaa", 12.9) == "live"
+    assert liveness_of(view, "aaaa", 13.0) == "suspect"
+    assert without_lost(view, 14.9) is view
+    assert without_lost(view, 15.0, listening_since=10.1) is view
+    assert without_lost(view, 15.0).nodes == {}
+    assert without_lost(view, 15.0).runners == {}
+    assert liveness_of(without_lost(view, 15.0), "aaaa", 15.0) == "lost"
+
+
+def test_a_deleted_instance_takes_its_status_along_unless_its_node_still_has_the_runner() -> None:
+    view = view_with("ready")
+    assert with_state(view, state_of()).runners == {}
+    held = with_node_beat(view, beat(runners=(status(ASSIGNED),)), 0.0)
+    assert ASSIGNED.runner_id in with_state(held, state_of()).runners
+
+
+def test_the_least_loaded_instance_comes_first() -> None:
+    first, second = assignment("i1"), assignment("i2")
+    view = ClusterView(state=state_of(instance("i1", assigned=first), instance("i2", assigned=second)))
+    view = with_runner_status(view, status(first, instance_id="i1", active=3))
+    view = with_runner_status(view, status(second, instance_id="i2", active=1))
+    assert [found.instance_id for found in ready_instances(view, "org/model")] == ["i2", "i1"]
+
+
+@pytest.mark.parametrize(("silent_s", "expected"), [(0.0, "live"), (2.9, "live"), (3.0, "suspect"), (5.0, "lost")])
+def test_the_liveness_table(silent_s: float, expected: str) -> None:
+    assert node_liveness(silent_s) == expected
+
+
+def test_reconcile_starts_what_is_wanted_and_stops_the_rest() -> None:
+    state = state_of(
+        instance("i1", assigned=assignment("i1", epoch=2)),
+        instance("i2", assigned=assignment("i2", node_id="bbbb")),
+        instance("i3"),
+    )
+    wanted = wanted_of(state, "aaaa")
+    assert list(wanted) == ["i1-2"]
+    found = difference(wanted, frozenset({"i1-1", "i9-1"}))
+    assert [item.assignment.runner_id for item in found.start] == ["i1-2"]
+    assert found.stop == ("i1-1", "i9-1")
+    assert difference(wanted, frozenset({"i1-2"})).start == ()
