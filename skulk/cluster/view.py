@@ -1,4 +1,4 @@
-"""What is known now: the replicated state plus what heartbeats say; what placement and ``/state`` read. Never logged."""
+"""What is known now: the replicated state and what heartbeats say. Placement and ``/state`` read it; never logged."""
 
 from __future__ import annotations
 

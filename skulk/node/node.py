@@ -20,7 +20,7 @@ from skulk.errors import RequestError, SkulkError
 from skulk.node.hosting import Hosting
 from skulk.node.identity import NodeIdentity
 from skulk.node.storage import StateFile
-from skulk.wire.beats import DiskFacts, MemoryFacts, NodeBeat, Role, SystemFacts, Warning
+from skulk.wire.beats import DiskFacts, HealthReason, MemoryFacts, NodeBeat, Role, SystemFacts
 from skulk.wire.commands import History, HistoryRequest, Snapshot, SnapshotRequest
 from skulk.wire.model import HeldModel
 from skulk.wire.state import ClusterState
@@ -41,7 +41,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     disk: DiskFacts
     load: float
     models: tuple[HeldModel, ...]
-    warnings: tuple[Warning, ...]
+    warnings: tuple[HealthReason, ...]
     runner_bytes: dict[str, int]
 
 

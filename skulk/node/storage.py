@@ -49,6 +49,7 @@ class StateFile:
         self._newest: ClusterState | None = None
         self._written = ""
         self._changed = asyncio.Event()
+        self._writing = asyncio.Lock()
 
     def offer(self, state: ClusterState) -> None:
         """Keeps this state in mind to be written."""
@@ -65,12 +66,19 @@ class StateFile:
 
     async def flush(self) -> None:
         """Writes the newest state now if it isn't on disk; a full disk is reported, and the node goes on."""
-        state = self._newest
-        if state is None or (digest := state_hash(state)) == self._written:
-            return
-        try:
-            await asyncio.to_thread(write_atomic, self._path, msgspec.json.encode(state))
-        except SkulkError as error:
-            log.warning("the state of the cluster is not on disk: %s", error)
-            return
-        self._written = digest
+        async with self._writing:
+            state = self._newest
+            if state is None or (digest := state_hash(state)) == self._written:
+                return
+            write = asyncio.ensure_future(asyncio.to_thread(write_atomic, self._path, msgspec.json.encode(state)))
+            try:
+                await asyncio.shield(write)
+            except asyncio.CancelledError:
+                # a thread can't be cancelled: a later write must not be overtaken by this one
+                await asyncio.wait({write})
+                write.exception()
+                raise
+            except SkulkError as error:
+                log.warning("the state of the cluster is not on disk: %s", error)
+                return
+            self._written = digest
