@@ -1,1 +1,1 @@
-"""The bus: the only user of nats-py. Typed subjects, two implementations (nats-server, memory), streams that end once."""
+"""The bus: the only user of nats-py. Typed subjects, two forms (nats-server, memory), streams that end once."""

@@ -99,6 +99,15 @@ class Bus(Protocol):
     def state(self) -> BusState: ...
 
     @property
+    def heard_at(self) -> float:
+        """`Clock.now()` seconds at which the server gave its last sign of life, at most 0.5 s ago while all is well.
+
+        Silence of others counts up to here and no further: a server that has stopped answering is noticed only after
+        2.5 to 3.5 s, and until then every speaker behind it seems silent.
+        """
+        ...
+
+    @property
     def max_payload(self) -> int:
         """Bytes that one message may have, headers included."""
         ...

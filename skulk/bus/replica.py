@@ -4,7 +4,7 @@
     beat  ──> with_*_beat  ──┼──> view ───┤
     status ─> with_runner_ ──┘            └──> wait_for(position), wait_until(predicate)
 
-Where the log has a gap, it asks the master for a snapshot; one question at a time, the next not sooner than 0.25 s later.
+Where the log has a gap, it asks the master for a snapshot; one question at a time, 0.25 s apart.
 """
 
 from __future__ import annotations

@@ -74,10 +74,11 @@ def fold(state: ClusterState, record: EventRecord) -> ClusterState:
 def _created(state: ClusterState, instance: Instance, position: Position) -> ClusterState:
     tombstone = state.tombstones.get(instance.instance_id)
     if tombstone is None:
-        return _with_instance(state, msgspec.structs.replace(instance, position=position))
+        return _with_instance(state, msgspec.structs.replace(instance, born=position, position=position))
     assert position > tombstone.position, "the log moves on: an event comes after every tombstone of its past"
     last_epoch = max(instance.last_epoch, tombstone.last_epoch)
-    return _with_instance(state, msgspec.structs.replace(instance, position=position, last_epoch=last_epoch))
+    again = msgspec.structs.replace(instance, born=position, position=position, last_epoch=last_epoch)
+    return _with_instance(state, again)
 
 
 def _assigned(state: ClusterState, event: InstanceAssigned, position: Position) -> ClusterState:

@@ -1,9 +1,12 @@
 """Two lineages made one: pure, commutative, associative, idempotent (DESIGN 3). A stale state erases nothing.
 
-instance    the version with the higher (epoch, position) wins
-tombstone   united; it beats every version of its instance up to its position
+instance    the version with the higher (birth, epoch, position) wins
+tombstone   united; it beats every version of its instance that was born up to its position
 drain       the version with the higher position wins
 position    the higher; ``seq`` the higher of both, so that it never falls
+
+What a tombstone covers is decided by birth alone, which is also the first rank of a version: so if any version outlives
+a tombstone, the one that wins does, in whatever order states are merged. A deletion beats a move that it didn't know of.
 """
 
 from __future__ import annotations
@@ -42,12 +45,12 @@ def _united(a: dict[str, T], b: dict[str, T], rank: Callable[[T], tuple[object, 
 
 def _is_covered(instance: Instance, tombstones: dict[str, Tombstone]) -> bool:
     tombstone = tombstones.get(instance.instance_id)
-    return tombstone is not None and tombstone.position >= instance.position
+    return tombstone is not None and tombstone.position >= instance.born
 
 
 def _instance_rank(instance: Instance) -> tuple[object, ...]:
     # the text breaks a tie that only a defect can make, so that merge stays commutative even then
-    return instance.last_epoch, instance.position, repr(instance)
+    return instance.born, instance.last_epoch, instance.position, repr(instance)
 
 
 def _tombstone_rank(tombstone: Tombstone) -> tuple[object, ...]:

@@ -1,11 +1,11 @@
-"""What a runner asks of an engine. Step-wise: the runner plans, the engine computes one step, the runner folds the result.
+"""What a runner asks of an engine, step by step: the runner plans, the engine computes, the runner folds the result.
 
-    load(spec, progress) -> Engine
-    engine.tokens_of(prompt)                      any thread
-    engine.begin(slot, sampling, ...)             engine thread, as are all below
-    engine.run(plan) -> result                    the only call that takes long
-    engine.end(slot)
-    engine.close()
+load(spec, progress) -> Engine
+engine.tokens_of(prompt)                      any thread
+engine.begin(slot, sampling, ...)             engine thread, as are all below
+engine.run(plan) -> result                    the only call that takes long
+engine.end(slot)
+engine.close()
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         n_ctx: window of one request, tokens; at most what was admitted.
+        kv_cells: cells really allocated for all sequences together.
         n_batch: the most tokens of one step.
         has_template: False: the plain template is used, with a warning.
     """
@@ -67,6 +68,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     n_batch: int
     vocabulary_size: int
     has_template: bool
+    kv_cells: int = 0
 
 
 class Engine(Protocol):
@@ -79,12 +81,17 @@ class Engine(Protocol):
         """The ids of a prompt: template, tokenizer, special tokens. Users' text never becomes special tokens.
 
         Raises:
-            RequestError: ``template_failed`` (the template raised, took too long or grew too large), ``invalid_request``.
+            RequestError: ``template_failed`` (the template refused, took too long or grew too large),
+                ``invalid_request``, ``context_length_exceeded`` (so much text that it can't fit, whatever its tokens).
         """
         ...
 
     def begin(self, slot: int, sampling: Sampling, history: Sequence[int], *, choice: int = 0) -> None:
-        """Prepares a free slot; ``history``: ids that penalties look back on."""
+        """Prepares a free slot; ``history``: ids that penalties look back on.
+
+        Raises:
+            RequestError: ``invalid_request``: a sampling value is out of its range; the slot stays free.
+        """
         ...
 
     def run(self, plan: StepPlan) -> StepResult:

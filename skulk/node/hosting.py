@@ -71,7 +71,7 @@ class Host(Protocol):
         """This node's tags and memory, measured now."""
         ...
 
-    def process(self, wanted: Wanted, prepared: Prepared, on_exit: Callable[[ProcessReport], None]) -> RunnerProcess:
+    def supervise(self, wanted: Wanted, prepared: Prepared, on_exit: Callable[[ProcessReport], None]) -> RunnerProcess:
         """A supervised process that isn't running yet."""
         ...
 
@@ -165,7 +165,7 @@ class Hosting:
             return
         # no await since the memory was counted: two runners can't be admitted on the same room
         self._tell(runner, "accepted")
-        process = self._host.process(runner.wanted, prepared, lambda report: self._exited(runner, report))
+        process = self._host.supervise(runner.wanted, prepared, lambda report: self._exited(runner, report))
         runner.process = process
         await process.run()
 
@@ -188,8 +188,11 @@ class Hosting:
         if runner.is_stopping:
             return
         log.warning("runner %s: %s", runner.status.runner_id, report.error.detail)
-        runner.status = msgspec.structs.replace(runner.status, restarts=report.restarts)
-        self._tell(runner, "failed", report.error)
+        kept = runner.status
+        runner.status = msgspec.structs.replace(kept, restarts=report.restarts)
+        # its own word, where it had one, says more than its exit status
+        own = kept.error if kept.phase == "failed" and not report.is_final else None
+        self._tell(runner, "failed", own or report.error)
 
     async def _stop(self, runner: _Runner) -> None:
         self._tell(runner, "draining")

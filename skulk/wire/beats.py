@@ -35,6 +35,7 @@ class Accelerator(Wire, frozen=True, kw_only=True):
     vram_total_bytes: int = 0
     vram_used_bytes: int = 0
     gtt_total_bytes: int = 0
+    gtt_used_bytes: int = 0
 
 
 class SystemFacts(Wire, frozen=True, kw_only=True):
@@ -78,7 +79,7 @@ class RunnerStatus(Wire, frozen=True, kw_only=True):
     since: float = 0.0
 
 
-class Warning(Wire, frozen=True, kw_only=True):  # noqa: A001 - the word that health reports use
+class HealthReason(Wire, frozen=True, kw_only=True):
     """Something an operator should know: level, code, message, remediation."""
 
     level: Literal["warn", "error"]
@@ -118,7 +119,7 @@ class NodeBeat(Wire, frozen=True, kw_only=True):
     load: float = 0.0
     models: tuple[HeldModel, ...] = ()
     runners: tuple[RunnerStatus, ...] = ()
-    warnings: tuple[Warning, ...] = ()
+    warnings: tuple[HealthReason, ...] = ()
     position: Position = ORIGIN
     state_hash: str = ""
     master: str | None = None

@@ -21,12 +21,15 @@ class GatewaySpec(Wire, frozen=True, kw_only=True):
         nats_url: the node's own nats-server; ``user`` and ``password`` empty where it asks for none.
         api_port: 0 picks a free one; the announcement of readiness tells it.
         models_dir: where this node's weights lie; ``models_path``: read-only folders beside it.
+        card_dirs: folders of own cards.
+        verified_file: where the node keeps the hashes that it took.
         max_body_bytes: largest body of an HTTP request.
         load_wait_s: longest wait of a request for a loading instance.
         request_timeout_s: deadline of a request, by default and at most.
         api_keys: ``name:key`` each, or ``@file`` with one a line; empty: no key is asked for.
         allowed_hosts: names that Host and Origin may hold besides the usual ones.
         drain_timeout_s: how long running answers may go on after a polite stop.
+        keep_alive_s: longest silence in a stream.
     """
 
     gateway_id: str
@@ -42,6 +45,8 @@ class GatewaySpec(Wire, frozen=True, kw_only=True):
     api_port: int = 0
     models_dir: str
     models_path: tuple[str, ...] = ()
+    card_dirs: tuple[str, ...] = ()
+    verified_file: str
     offline: bool = False
     max_body_bytes: int = 64 * 1024 * 1024
     load_wait_s: float = 60.0
@@ -51,4 +56,4 @@ class GatewaySpec(Wire, frozen=True, kw_only=True):
     drain_timeout_s: float = 5.0
     keep_alive_s: float = 10.0
     log_format: Literal["text", "json"] = "text"
-    log_level: str = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -5,9 +5,18 @@ It never crosses the bus, for it holds the bus's password; environment and comma
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 from skulk.wire.base import Wire
+
+EXIT_STOPPED: Final = 0
+"""It was asked to stop and did."""
+EXIT_FAILED: Final = 1
+"""It failed while it served, could not reach the bus, or found no memory: starting it again may help."""
+EXIT_SPEC: Final = 2
+"""Its specification can't be read: a defect of whoever started it."""
+EXIT_REFUSED: Final = 3
+"""The model can't be loaded, and couldn't the next time: the file, the engine or a setting has to change first."""
 
 
 class RunnerLoad(Wire, frozen=True, kw_only=True):
@@ -71,4 +80,4 @@ class RunnerSpec(Wire, frozen=True, kw_only=True):
     step_timeout_s: float = 120.0
     drain_timeout_s: float = 30.0
     log_format: Literal["text", "json"] = "text"
-    log_level: str = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"

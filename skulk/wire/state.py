@@ -58,7 +58,8 @@ class Instance(Wire, frozen=True, kw_only=True):
         last_epoch: the highest epoch ever assigned; the next one is one more.
         reason: why it is pending, or what the last move was for.
         created_at: seconds since the epoch.
-        position: of the event that wrote this version; the higher wins in a merge.
+        born: position of the event that created it; a tombstone covers what was born up to its position.
+        position: of the event that wrote this version.
     """
 
     instance_id: str
@@ -67,6 +68,7 @@ class Instance(Wire, frozen=True, kw_only=True):
     last_epoch: int = 0
     reason: str = ""
     created_at: float = 0.0
+    born: Position = ORIGIN
     position: Position = ORIGIN
 
     @property
@@ -75,7 +77,7 @@ class Instance(Wire, frozen=True, kw_only=True):
 
 
 class Tombstone(Wire, frozen=True, kw_only=True):
-    """A deleted instance; it beats every version up to ``position`` and lives 30 days.
+    """A deleted instance; it beats every version of it that was born up to ``position``, and lives 30 days.
 
     Attributes:
         last_epoch: of the deleted instance; one that is made again under this id goes on from there, so that no

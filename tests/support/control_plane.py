@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -62,7 +62,7 @@ class FakeMachine:
     async def facts(self) -> OwnFacts:
         return beat(memory_bytes=self.own_memory_bytes)
 
-    def process(self, wanted: Wanted, prepared: Prepared, on_exit: Callable[[ProcessReport], None]) -> FakeProcess:
+    def supervise(self, wanted: Wanted, prepared: Prepared, on_exit: Callable[[ProcessReport], None]) -> FakeProcess:
         del prepared
         process = self.processes[wanted.assignment.runner_id] = FakeProcess(on_exit)
         return process
@@ -113,7 +113,7 @@ class FakeNode:
 @asynccontextmanager
 async def running_node(
     home: Path, *, hub: MemoryHub | None = None, node_id: str = "aaaa", machine: FakeMachine | None = None
-) -> AsyncIterator[FakeNode]:
+) -> AsyncGenerator[FakeNode]:
     """A node that leads, and has heard its own first beat."""
     bus = MemoryBus(hub or MemoryHub(), cluster="test", name=node_id)
     node = FakeNode(bus, home, node_id, machine or FakeMachine())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skulk.cluster.fold import fold, state_hash
@@ -54,6 +54,7 @@ def run(state: ClusterState, events: list[Event], term: Term) -> ClusterState:
     return state
 
 
+@settings(max_examples=600)
 @given(lineages())
 def test_merge_is_commutative_associative_and_idempotent(
     states: tuple[ClusterState, ClusterState, ClusterState],
@@ -75,6 +76,18 @@ def test_what_neither_deleted_is_kept_and_the_position_never_falls(
     assert merged.position.seq == max(a.position.seq, b.position.seq)
     for name, found in merged.instances.items():
         assert found in (a.instances.get(name), b.instances.get(name))
+
+
+def test_a_deletion_beats_a_move_it_did_not_know_of_in_any_order() -> None:
+    """Born twice and deleted once on three sides: which version wins must not hide one that outlives the tombstone."""
+    terms = [Term(number=2, node_id=node, incarnation="1") for node in ("aaaa", "bbbb", "cccc")]
+    created = InstanceCreated(instance=instance("i3"))
+    a = run(state_of(), [created, InstanceAssigned(instance_id="i3", assignment=assignment("i3"))], terms[0])
+    b = run(state_of(), [InstanceDeleted(instance_id="i3", deleted_at=1.0)], terms[1])
+    c = run(state_of(), [created], terms[2])
+    assert merge(a, b).instances == {}
+    assert merge(merge(a, b), c).instances == merge(a, merge(b, c)).instances == merge(merge(a, c), b).instances
+    assert merge(merge(a, b), c).instances == c.instances
 
 
 def test_a_stale_state_with_a_high_term_erases_nothing() -> None:

@@ -1,0 +1,214 @@
+"""Whether a request may come in, decided before anything of it is computed.
+
+1. its fields               check_fields        before the prompt is rendered
+2. the queue's room         check_room          likewise, so that a refusal costs nothing
+3. its length               admit               on the tokenised prompt
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import msgspec
+
+from skulk.batching.requests import BatchRequest, RequestKey
+from skulk.errors import RequestError, UnavailableError
+from skulk.wire.generation import ChatPrompt, Generate, Sampling, TextPrompt, TokenPrompt
+
+MAX_CHOICES: Final = 128
+MAX_STOPS: Final = 16
+MAX_STOP_CHARACTERS: Final = 4096
+MAX_BIASES: Final = 4096
+_RETRY_MIN_S: Final = 1.0
+_RETRY_MAX_S: Final = 60.0
+
+
+class BatchShape(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine can hold. Tokens, but for ``n_parallel`` and ``max_waiting``: sequences.
+
+    Attributes:
+        n_ctx: window of one request.
+        kv_cells: of all sequences together, at least ``n_ctx``.
+        n_batch: the most of one step; more than ``n_parallel``, so that every sequence can decode beside a chunk.
+        n_ubatch: the most prefill of one step.
+        vocabulary_size: ids are below it.
+    """
+
+    n_ctx: int
+    kv_cells: int
+    n_parallel: int
+    n_batch: int
+    n_ubatch: int
+    max_waiting: int
+    vocabulary_size: int
+
+    def __post_init__(self) -> None:
+        assert 0 < self.n_ctx <= self.kv_cells, self
+        assert 0 < self.n_parallel < self.n_batch, self
+        assert 0 < self.n_ubatch <= self.n_batch, self
+
+    @property
+    def max_open(self) -> int:
+        """Sequences that may be open at once, running and waiting."""
+        return self.n_parallel + self.max_waiting
+
+
+def check_fields(generate: Generate, shape: BatchShape) -> None:
+    """Refuses what is wrong whatever the prompt's length.
+
+    Raises:
+        RequestError: ``invalid_request``, naming the field.
+    """
+    most = min(MAX_CHOICES, shape.max_open)
+    _require(1 <= generate.n <= most, "n", f"n is {generate.n}; ask for 1 to {most} choices")
+    _require(generate.attempt >= 1, "attempt", f"attempt is {generate.attempt}; attempts count from 1")
+    limits = generate.limits
+    if limits.max_tokens is not None:
+        _require(
+            limits.max_tokens >= 1,
+            "max_tokens",
+            f"max_tokens is {limits.max_tokens}; ask for at least 1, or leave it out",
+        )
+    _require(len(limits.stop) <= MAX_STOPS, "stop", f"{len(limits.stop)} stop strings; send at most {MAX_STOPS}")
+    for stop in limits.stop:
+        _require(bool(stop), "stop", "a stop string is empty; leave it out")
+        _require(
+            len(stop) <= MAX_STOP_CHARACTERS,
+            "stop",
+            f"a stop string has {len(stop)} characters; send at most {MAX_STOP_CHARACTERS}",
+        )
+    if generate.timeout_s is not None:
+        is_duration = math.isfinite(generate.timeout_s) and generate.timeout_s > 0
+        _require(is_duration, "timeout_s", f"timeout_s is {generate.timeout_s}; send seconds above 0, or leave it out")
+    _check_sampling(generate.sampling, shape)
+    _check_prompt(generate, shape)
+
+
+def check_room(shape: BatchShape, *, open_sequences: int, n: int, request_s: float) -> None:
+    """Refuses what the waiting queue has no room for.
+
+    ``open_sequences``: running and waiting ones; ``request_s``: seconds that one took lately from its slot to its
+    end, 0 while unknown.
+
+    Raises:
+        UnavailableError: ``overloaded``, with a time after which room is likely.
+    """
+    if open_sequences + n <= shape.max_open:
+        return
+    waiting = max(0, open_sequences - shape.n_parallel)
+    turns = (waiting + n) / shape.n_parallel
+    retry_after_s = min(max(math.ceil(turns * request_s / 2), _RETRY_MIN_S), _RETRY_MAX_S)
+    raise UnavailableError(
+        "overloaded",
+        f"{open_sequences} sequences run or wait here and {shape.max_open} are the most; "
+        f"try again in {retry_after_s:.0f} s, or place another replica of the model",
+        retry_after_s=retry_after_s,
+    )
+
+
+def admit(
+    generate: Generate,
+    prompt: tuple[int, ...],
+    shape: BatchShape,
+    *,
+    arrived_at: float,
+    default_timeout_s: float,
+) -> BatchRequest:
+    """The request as the batch holds it, once its prompt is known to fit.
+
+    ``prompt``: its ids; of a resumed request the ids it brought.
+
+    Raises:
+        RequestError: ``invalid_request`` (empty prompt), ``context_length_exceeded`` (with both numbers).
+    """
+    _require(bool(prompt), "prompt", "the prompt is empty; send at least one token of text")
+    count = len(prompt)
+    wanted = generate.limits.max_tokens
+    emitted = generate.resume.emitted_tokens if generate.resume is not None else ()
+    least = max(1, len(emitted))
+    if count + least > shape.n_ctx:
+        raise RequestError(
+            "context_length_exceeded",
+            f"the prompt has {count} tokens and this model's window here is {shape.n_ctx} tokens, the answer included; "
+            "shorten the prompt or place the model with a longer context",
+            param="messages" if isinstance(generate.prompt, ChatPrompt) else "prompt",
+        )
+    if wanted is not None and count + wanted > shape.n_ctx:
+        raise RequestError(
+            "context_length_exceeded",
+            f"the prompt's {count} tokens and max_tokens {wanted} are {count + wanted} together, more than the "
+            f"window of {shape.n_ctx} tokens; ask for at most {shape.n_ctx - count} tokens or shorten the prompt",
+            param="max_tokens",
+        )
+    timeout_s = generate.timeout_s if generate.timeout_s is not None else default_timeout_s
+    return BatchRequest(
+        key=RequestKey(generate.request_id, generate.attempt),
+        prompt=prompt,
+        sampling=generate.sampling,
+        max_tokens=shape.n_ctx - count if wanted is None else wanted,
+        stop=generate.limits.stop,
+        ignore_eos=generate.limits.ignore_eos,
+        n=generate.n,
+        emitted=emitted,
+        sent_characters=generate.resume.sent_characters if generate.resume is not None else 0,
+        arrived_at=arrived_at,
+        deadline=arrived_at + timeout_s,
+    )
+
+
+def _check_sampling(sampling: Sampling, shape: BatchShape) -> None:
+    ranges: tuple[tuple[str, float | None, float, float], ...] = (
+        ("temperature", sampling.temperature, 0.0, 100.0),
+        ("top_p", sampling.top_p, 0.0, 1.0),
+        ("min_p", sampling.min_p, 0.0, 1.0),
+        ("typical_p", sampling.typical_p, 0.0, 1.0),
+        ("repeat_penalty", sampling.repeat_penalty, 0.01, 100.0),
+        ("presence_penalty", sampling.presence_penalty, -100.0, 100.0),
+        ("frequency_penalty", sampling.frequency_penalty, -100.0, 100.0),
+        ("top_k", sampling.top_k, -1, 2**31 - 1),
+        ("repeat_last_n", sampling.repeat_last_n, -1, 2**31 - 1),
+    )
+    for name, value, least, most in ranges:
+        if value is not None:
+            is_inside = math.isfinite(value) and least <= value <= most
+            _require(is_inside, name, f"{name} is {value:g}; send a number from {least:g} to {most:g}")
+    biases = sampling.logit_bias
+    _require(
+        len(biases) <= MAX_BIASES, "logit_bias", f"logit_bias names {len(biases)} tokens; send at most {MAX_BIASES}"
+    )
+    for token, bias in biases.items():
+        _require(math.isfinite(bias), "logit_bias", f"logit_bias of token {token} is {bias}; send a finite number")
+    _check_ids(tuple(biases), "logit_bias", shape)
+
+
+def _check_ids(tokens: tuple[int, ...], param: str, shape: BatchShape) -> None:
+    if tokens and not (min(tokens) >= 0 and max(tokens) < shape.vocabulary_size):
+        wrong = next(token for token in tokens if not 0 <= token < shape.vocabulary_size)
+        raise RequestError(
+            "invalid_request",
+            f"{param} names the token {wrong}; this model has tokens 0 to {shape.vocabulary_size - 1}",
+            param=param,
+        )
+
+
+def _check_prompt(generate: Generate, shape: BatchShape) -> None:
+    match generate.prompt:
+        case ChatPrompt(messages=messages):
+            _require(bool(messages), "messages", "messages is empty; send at least one message")
+        case TextPrompt(text=text):
+            _require(bool(text), "prompt", "the prompt is empty; send at least one token of text")
+        case TokenPrompt(tokens=tokens):
+            _require(bool(tokens), "prompt", "the prompt is empty; send at least one token of text")
+            _check_ids(tokens, "prompt", shape)
+    if generate.resume is not None:
+        _check_ids(generate.resume.prompt_tokens, "resume", shape)
+        _check_ids(generate.resume.emitted_tokens, "resume", shape)
+        _require(generate.n == 1, "n", f"n is {generate.n}; only a request with one choice can be resumed")
+        sent = generate.resume.sent_characters
+        _require(sent >= 0, "resume", f"sent_characters is {sent}; send 0 or more")
+
+
+def _require(condition: bool, param: str, detail: str) -> None:  # noqa: FBT001 - reads as an assertion does
+    if not condition:
+        raise RequestError("invalid_request", detail, param=param)

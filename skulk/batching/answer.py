@@ -1,0 +1,75 @@
+"""One drawn token on its way to text: bytes, characters, stop strings, limits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from skulk.batching.requests import Sequence
+from skulk.batching.stops import scan
+from skulk.batching.text import decode_bytes, flush_bytes
+from skulk.wire.generation import FinishReason
+
+
+class Vocabulary(Protocol):
+    """What the batch asks of an engine's tokenizer; both are pure and quick."""
+
+    def piece(self, token: int) -> bytes: ...
+
+    def is_end(self, token: int) -> bool: ...
+
+
+class Drawn(NamedTuple):
+    """The sequence with the token, its new text, and why it ended, if it did."""
+
+    sequence: Sequence
+    text: str
+    finish_reason: FinishReason | None
+
+
+def draw(sequence: Sequence, token: int, vocabulary: Vocabulary) -> Drawn:
+    """Takes a drawn token in.
+
+    An end token and a stop string end the answer with ``stop``, the last token that ``max_tokens`` allows with
+    ``length``. The end token counts as drawn and has no text.
+    """
+    request = sequence.request
+    drawn = sequence.drawn.append(token)
+    if vocabulary.is_end(token) and not request.ignore_eos:
+        text, _ = _rest(sequence, sequence.held_bytes, sequence.held_text)
+        return _drawn(sequence, text, finish_reason="stop", drawn=drawn)
+    complete, held_bytes = decode_bytes(sequence.held_bytes, vocabulary.piece(token))
+    text, held_text, is_stopped = scan(request.stop, sequence.held_text, complete)
+    if is_stopped:
+        return _drawn(sequence, text, finish_reason="stop", drawn=drawn)
+    if len(drawn) >= request.max_tokens:
+        rest, is_stopped = _rest(sequence, held_bytes, held_text)
+        return _drawn(sequence, text + rest, finish_reason="stop" if is_stopped else "length", drawn=drawn)
+    return _drawn(sequence, text, drawn=drawn, held_bytes=held_bytes, held_text=held_text)
+
+
+def _drawn(
+    sequence: Sequence,
+    text: str,
+    *,
+    finish_reason: FinishReason | None = None,
+    held_bytes: bytes = b"",
+    held_text: str = "",
+    **changes: object,
+) -> Drawn:
+    visible = text[sequence.skip :] if sequence.skip else text
+    after = msgspec.structs.replace(
+        sequence,
+        held_bytes=held_bytes,
+        held_text=held_text,
+        skip=max(0, sequence.skip - len(text)),
+        **changes,
+    )
+    return Drawn(after, visible, finish_reason)
+
+
+def _rest(sequence: Sequence, held_bytes: bytes, held_text: str) -> tuple[str, bool]:
+    """What was held back and goes out at the end; whether the last of it completed a stop string."""
+    text, held, is_stopped = scan(sequence.request.stop, held_text, flush_bytes(held_bytes))
+    return (text, True) if is_stopped else (text + held, False)

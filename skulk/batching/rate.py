@@ -1,0 +1,76 @@
+"""How fast the engine is, as measured, and the prefill chunk that keeps a step within its time.
+
+Attention costs more the deeper a prompt is, so the prefill rate is kept by depth, in bands of `DEPTH_BAND` tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from skulk.batching.step import StepPlan
+
+CHUNK_UNIT: Final = 64
+"""Prefill chunks are multiples of this; llama.cpp's kernels are less than half as fast below it."""
+STEP_SHARED_S: Final = 0.25
+"""Longest step while others decode: the longest gap a prompt may put between their tokens."""
+STEP_ALONE_S: Final = 1.0
+"""Longest step while none decodes: how long a cancel may wait."""
+DEPTH_BAND: Final = 512
+_NEW_SHARE: Final = 0.3
+"""Share of a new measurement in the running mean: five steps forget a disturbance."""
+
+
+class Rate(msgspec.Struct, frozen=True, kw_only=True):
+    """Measured seconds; 0: unknown. ``decode_s``: a step that only decodes; ``prefill_s``: a prompt token, by band."""
+
+    decode_s: float = 0.0
+    prefill_s: tuple[float, ...] = ()
+
+
+def measured(rate: Rate, plan: StepPlan, elapsed_s: float) -> Rate:
+    """The rate after a step that took ``elapsed_s``.
+
+    Chunks below `CHUNK_UNIT` teach nothing about larger ones and are left out.
+    """
+    prefill = [row for row in plan.rows if len(row.tokens) > 1]
+    if not prefill:
+        return Rate(decode_s=_mean(rate.decode_s, elapsed_s), prefill_s=rate.prefill_s)
+    count = sum(len(row.tokens) for row in prefill)
+    if count < CHUNK_UNIT:
+        return rate
+    decoding_s = rate.decode_s if len(prefill) < len(plan.rows) else 0.0
+    per_token = max(elapsed_s - decoding_s, elapsed_s / 2) / count
+    band = max(row.start for row in prefill) // DEPTH_BAND
+    bands = rate.prefill_s + (0.0,) * (band + 1 - len(rate.prefill_s))
+    return Rate(
+        decode_s=rate.decode_s,
+        prefill_s=(*bands[:band], _mean(bands[band], per_token), *bands[band + 1 :]),
+    )
+
+
+def prefill_token_s(rate: Rate, depth: int) -> float:
+    """Seconds of one prompt token at ``depth``, from the nearest measured band, shallower ones first; 0: unknown."""
+    band = depth // DEPTH_BAND
+    shallower = rate.prefill_s[: band + 1]
+    deeper = rate.prefill_s[band + 1 :]
+    return next((s for s in (*reversed(shallower), *deeper) if s > 0.0), 0.0)
+
+
+def chunk_tokens(rate: Rate, *, depth: int, others_decode: bool, n_ubatch: int) -> int:
+    """Prefill tokens of the next step: the most that end in time, in units of 64.
+
+    One unit at least and while nothing is measured, ``n_ubatch`` at most.
+    """
+    unit = min(CHUNK_UNIT, n_ubatch)
+    per_token = prefill_token_s(rate, depth)
+    if per_token <= 0.0:
+        return unit
+    room_s = STEP_SHARED_S - rate.decode_s if others_decode else STEP_ALONE_S
+    chunk = min(int(room_s / per_token), n_ubatch) // unit * unit
+    return max(chunk, unit)
+
+
+def _mean(old: float, new: float) -> float:
+    return new if old <= 0.0 else old + _NEW_SHARE * (new - old)

@@ -1,0 +1,137 @@
+"""Requests and their sequences. One law: a sequence has tokens known and tokens computed, and steps close the gap.
+
+    gap > 1, or nothing drawn yet   prefill: the step computes a chunk of it
+    gap = 1 after a drawn token     decode: the step computes that token and draws the next
+    gap = 0                         never between steps: the row that closes the gap draws
+
+A fresh prompt, a resumed answer and cells found in another slot differ only in where the two counts start.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+
+from skulk.batching.tokens import TokenLog
+from skulk.wire.generation import FinishReason, Sampling, StreamEnd, StreamPhase
+
+
+class RequestKey(NamedTuple):
+    """One attempt of one request."""
+
+    request_id: str
+    attempt: int
+
+
+class BatchRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """An admitted request. Times are seconds of the runner's clock.
+
+    Attributes:
+        prompt: ids, at least one.
+        max_tokens: of each choice, end token included; it fits the window.
+        emitted: ids that another runner drew; they count as drawn here.
+        sent_characters: of the answer's text, sent by that runner.
+        deadline: when the request ends with ``deadline_exceeded``.
+    """
+
+    key: RequestKey
+    prompt: tuple[int, ...]
+    sampling: Sampling = Sampling()
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    n: int = 1
+    emitted: tuple[int, ...] = ()
+    sent_characters: int = 0
+    arrived_at: float
+    deadline: float
+
+    @property
+    def cells(self) -> int:
+        """Cells that one of its sequences may need."""
+        return len(self.prompt) + self.max_tokens
+
+
+class Sequence(msgspec.Struct, frozen=True, kw_only=True):
+    """One choice of a request.
+
+    Attributes:
+        slot: where it is computed; -1 while it waits.
+        drawn: the answer's ids so far.
+        computed: tokens, from the prompt's first on, whose cells are filled.
+        held_bytes: of a character that isn't complete.
+        held_text: that may become a stop string.
+        skip: characters to leave out, for another runner sent them.
+        started_at: when it got its slot; ``first_at``: when its first token was drawn here.
+    """
+
+    request: BatchRequest
+    choice: int = 0
+    slot: int = -1
+    drawn: TokenLog = TokenLog()
+    computed: int = 0
+    held_bytes: bytes = b""
+    held_text: str = ""
+    skip: int = 0
+    started_at: float = 0.0
+    first_at: float = 0.0
+
+    @property
+    def known(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.request.prompt) + len(self.drawn)
+
+    @property
+    def gap(self) -> int:
+        """Tokens that are known and not computed."""
+        return self.known - self.computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether its next row is one drawn token."""
+        return self.computed >= len(self.request.prompt) and self.gap == 1
+
+    @property
+    def phase(self) -> StreamPhase:
+        if self.slot < 0:
+            return "queued"
+        return "decode" if self.is_decoding else "prefill"
+
+    def known_tokens(self, start: int, stop: int) -> tuple[int, ...]:
+        """The ids at these positions; O(what is asked for)."""
+        prompt_count = len(self.request.prompt)
+        if start >= prompt_count:
+            return self.drawn.slice(start - prompt_count, stop - prompt_count)
+        if stop <= prompt_count:
+            return self.request.prompt[start:stop]
+        return self.request.prompt[start:] + self.drawn.slice(0, stop - prompt_count)
+
+
+class Emitted(msgspec.Struct, frozen=True, kw_only=True):
+    """New text of one choice; ``finish_reason``: it ended with this."""
+
+    key: RequestKey
+    choice: int
+    text: str
+    tokens: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+class Progressed(msgspec.Struct, frozen=True, kw_only=True):
+    """A request went on to another phase, or further in its prompt: ``processed`` of ``total`` tokens."""
+
+    key: RequestKey
+    phase: StreamPhase
+    processed: int
+    total: int
+
+
+class Ended(msgspec.Struct, frozen=True, kw_only=True):
+    """A request's one end; nothing of it follows."""
+
+    key: RequestKey
+    end: StreamEnd
+
+
+Output = Emitted | Progressed | Ended

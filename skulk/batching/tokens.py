@@ -1,0 +1,44 @@
+"""An append-only list of token ids as a value: appending copies one short block, not the whole history."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+import msgspec
+
+BLOCK: Final = 256
+
+
+class TokenLog(msgspec.Struct, frozen=True, kw_only=True):
+    """Token ids in order. ``blocks`` are full (`BLOCK` ids each), ``tail`` holds fewer."""
+
+    blocks: tuple[tuple[int, ...], ...] = ()
+    tail: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.blocks) * BLOCK + len(self.tail)
+
+    @classmethod
+    def of(cls, tokens: Iterable[int]) -> TokenLog:
+        """A log that holds ``tokens``."""
+        ids = tuple(tokens)
+        full = len(ids) // BLOCK * BLOCK
+        return cls(blocks=tuple(ids[at : at + BLOCK] for at in range(0, full, BLOCK)), tail=ids[full:])
+
+    def append(self, token: int) -> TokenLog:
+        """The log with one id more; O(`BLOCK`)."""
+        tail = (*self.tail, token)
+        if len(tail) < BLOCK:
+            return TokenLog(blocks=self.blocks, tail=tail)
+        return TokenLog(blocks=(*self.blocks, tail))
+
+    def slice(self, start: int, stop: int) -> tuple[int, ...]:
+        """The ids from ``start`` up to ``stop``; touches only the blocks that hold them."""
+        if start >= len(self.blocks) * BLOCK:
+            base = len(self.blocks) * BLOCK
+            return self.tail[start - base : stop - base]
+        first, last = start // BLOCK, (stop + BLOCK - 1) // BLOCK
+        parts = [*self.blocks[first:last], self.tail] if last > len(self.blocks) else list(self.blocks[first:last])
+        base = first * BLOCK
+        return tuple(token for part in parts for token in part)[start - base : stop - base]

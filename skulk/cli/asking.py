@@ -1,0 +1,75 @@
+"""One question to a model, its answer as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from skulk.cli.client import ApiClient
+from skulk.errors import ServiceError
+
+
+class _Delta(msgspec.Struct, frozen=True):
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct, frozen=True):
+    delta: _Delta = _Delta()
+    finish_reason: str | None = None
+
+
+class _Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class _Chunk(msgspec.Struct, frozen=True):
+    choices: tuple[_Choice, ...] = ()
+    usage: _Usage | None = None
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole answer. ``finish_reason``: ``stop``, ``length``, …"""
+
+    model: str
+    content: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+async def ask(client: ApiClient, model_id: str, prompt: str, write: Callable[[str], object]) -> Answer:
+    """Asks; ``write`` is given each piece of text as it comes.
+
+    Raises:
+        SkulkError: what the API answered, before or in the stream; ``stream_lost``: it broke off.
+    """
+    body = {
+        "model": model_id,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "messages": [{"role": "user", "content": prompt}],
+    }
+    pieces: list[str] = []
+    reason, usage = "", _Usage()
+    async for event in client.stream("/v1/chat/completions", body):
+        try:
+            chunk = msgspec.json.decode(event.encode(), type=_Chunk)
+        except msgspec.DecodeError as error:
+            raise ServiceError("stream_lost", f"{client.url} sent an event that is no chat chunk: {error}") from error
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            reason = choice.finish_reason or reason
+            if choice.delta.content:
+                pieces.append(choice.delta.content)
+                write(choice.delta.content)
+    if not reason:
+        raise ServiceError("stream_lost", f"{client.url} ended the answer without saying why it ended.")
+    return Answer(
+        model=model_id,
+        content="".join(pieces),
+        finish_reason=reason,
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+    )

@@ -1,0 +1,352 @@
+"""The launcher: one process that watches over nats-server, gateway and runners, and hosts node and master.
+
+home lock ──> nats-server ──> bus ──> replica ──> node, master ──> gateway ──> `place` models ──> node.json
+   └─────────────────────────── stopped in the opposite order ───────────────────────────────────────┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from skulk import __version__
+from skulk.bus.nats_bus import NatsBus
+from skulk.bus.replica import Replica
+from skulk.bus.subjects import MASTER_PLACE
+from skulk.cli.node_file import NodeFile, remove_node_file, write_node_file
+from skulk.clock import Clock, SystemClock
+from skulk.errors import SkulkError, StartError, error_of
+from skulk.ids import new_id, new_incarnation
+from skulk.master.master import Master
+from skulk.master.upkeep import Rules
+from skulk.models.catalogue import Catalogue
+from skulk.node.hosting import Hosting
+from skulk.node.identity import NodeIdentity, load_identity
+from skulk.node.measuring import MachineMeter
+from skulk.node.node import Node, NodeRoles
+from skulk.node.processes import BusAddress, LocalMachine
+from skulk.node.storage import StateFile, load_state
+from skulk.settings import Settings
+from skulk.supervision.child import Child, ChildSpec, Ready
+from skulk.supervision.home import ChildLedger, HomeLock, reap_leftovers
+from skulk.supervision.nats_binary import usable_nats_server
+from skulk.supervision.nats_config import NatsServerConfig, route_credentials
+from skulk.supervision.nats_server import NatsEndpoint, NatsServer
+from skulk.supervision.restarts import GiveUp
+from skulk.supervision.supervisor import Supervised
+from skulk.wire.base import encode
+from skulk.wire.commands import PlacementReply, PlaceModel
+from skulk.wire.gateway import GatewaySpec
+from skulk.wire.placement import PlacementRequest
+
+log = logging.getLogger("skulk.launcher")
+
+MASTER_WAIT_S: Final = 10.0
+PLACE_TIMEOUT_S: Final = 40.0
+ELECTION_PATIENCE_S: Final = 1.5
+GATEWAY_DRAIN_S: Final = 5.0
+VERIFIED_FILE: Final = "verified.json"
+CARDS_FOLDER: Final = "cards"
+
+
+class Running:
+    """A started node, for whoever started it."""
+
+    def __init__(self, settings: Settings, identity: NodeIdentity) -> None:
+        self.home = Path(settings.home)
+        self.node_id = identity.node_id
+        self.api_url = ""
+        self.nats_url = ""
+        self.placed: tuple[PlacementReply, ...] = ()
+        self._ended: asyncio.Future[SkulkError | None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def nats_sub_line(self) -> str:
+        """What to type to see everything that crosses the bus."""
+        return f"nats -s {self.nats_url} sub 'skulk.>'"
+
+    def stop(self) -> None:
+        """Has `wait` return; may come twice."""
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+    def fail(self, error: SkulkError) -> None:
+        """Has `wait` raise: the node can't go on."""
+        if not self._ended.done():
+            self._ended.set_result(error)
+
+    async def wait(self) -> None:
+        """Returns when the node was asked to stop.
+
+        Raises:
+            SkulkError: the node can't go on.
+        """
+        error = await asyncio.shield(self._ended)
+        if error is not None:
+            raise error
+
+
+@asynccontextmanager
+async def launch(settings: Settings) -> AsyncGenerator[Running]:
+    """Starts a node, and stops all of it at the end, however that comes.
+
+    Raises:
+        StartError: ``home_in_use``, ``port_in_use``, ``nats_server_missing``, ``config_invalid``, …: one sentence each.
+        RequestError: ``model_not_found``, for a model to place that nobody knows.
+    """
+    clock = SystemClock()
+    home = Path(settings.home)
+    async with AsyncExitStack() as stack:
+        stack.enter_context(HomeLock(home))
+        await asyncio.to_thread(reap_leftovers, home)
+        identity = load_identity(home)
+        running = Running(settings, identity)
+        catalogue = await asyncio.to_thread(_catalogue, settings)
+        requests = tuple(PlacementRequest(card=catalogue.find(model_id).card) for model_id in settings.place)
+        launcher = _Launcher(settings, clock, identity, catalogue, running, stack)
+        await launcher.start()
+        running.placed = tuple([await launcher.ensure(request) for request in requests])
+        yield running
+
+
+def _catalogue(settings: Settings) -> Catalogue:
+    catalogue = Catalogue(
+        Path(settings.models_dir),
+        tuple(Path(folder) for folder in settings.models_path),
+        verified_file=Path(settings.home) / VERIFIED_FILE,
+        card_dirs=(Path(settings.home) / CARDS_FOLDER,),
+    )
+    catalogue.rescan()
+    return catalogue
+
+
+class _Launcher:
+    """The steps of one start; what each of them must undo is pushed on the stack."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        clock: Clock,
+        identity: NodeIdentity,
+        catalogue: Catalogue,
+        running: Running,
+        stack: AsyncExitStack,
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._identity = identity
+        self._catalogue = catalogue
+        self._running = running
+        self._stack = stack
+        self._home = Path(settings.home)
+        self._ledger = ChildLedger(self._home)
+        self._endpoint: NatsEndpoint | None = None
+        self._api: str | None = None
+        self._api_port = settings.api_port
+
+    async def start(self) -> None:
+        """Everything up to a gateway that answers, and the file that tells other commands where."""
+        address = await self._start_bus()
+        self._running.nats_url = address.url
+        bus = await self._connect(address)
+        replica = Replica(bus, self._clock, load_state(self._home, bus.cluster))
+        await replica.start()
+        self._stack.push_async_callback(replica.close)
+        self._bus, self._replica = bus, replica
+        await self._start_roles(address)
+        if not await replica.wait_until(lambda view: view.master is not None, MASTER_WAIT_S):
+            raise StartError(
+                "child_failed", f"no master was elected within {MASTER_WAIT_S:.0f} s; see {self._home}/logs"
+            )
+        if self._settings.api:
+            await self._start_gateway(address)
+        self._write_node_file()
+
+    async def ensure(self, request: PlacementRequest) -> PlacementReply:
+        """Sees to it that a model has at least one instance."""
+        master = self._replica.view.master
+        assert master is not None
+        command = PlaceModel(command_id=new_id(), request=request, ensure=True)
+        return await self._bus.request(MASTER_PLACE, command, timeout_s=PLACE_TIMEOUT_S, node=master.node_id)
+
+    async def _start_bus(self) -> BusAddress:
+        """The own nats-server, or the existing deployment that ``SKULK_NATS_URL`` names."""
+        settings = self._settings
+        if settings.nats_url:
+            return BusAddress(url=settings.nats_url)
+        binary = await asyncio.to_thread(usable_nats_server, settings.nats_server)
+        routes = route_credentials(settings.cluster_token) if settings.cluster_token else None
+        config = NatsServerConfig(
+            server_name=f"skulk-{self._identity.node_id}",
+            cluster_name=f"skulk-{settings.cluster}",
+            client_password=settings.cluster_token,
+            client_port=settings.nats_port,
+            route_port=settings.route_port,
+            route_user="" if routes is None else routes.user,
+            route_password="" if routes is None else routes.password,
+            local=settings.local,
+        )
+        server = NatsServer(binary, self._home, config, ledger=self._ledger, clock=self._clock)
+        self._keep("nats-server", server.run(), server.stop)
+        self._endpoint = endpoint = await server.wait_ready()
+        password = endpoint.password
+        return BusAddress(url=endpoint.client_url, user=endpoint.user if password else "", password=password)
+
+    async def _connect(self, address: BusAddress) -> NatsBus:
+        bus = NatsBus(
+            address.url,
+            cluster=self._settings.cluster,
+            name=f"node-{self._identity.node_id}",
+            user=address.user or None,
+            password=address.password or None,
+            clock=self._clock,
+        )
+        await bus.connect()
+        self._stack.push_async_callback(bus.close)
+        return bus
+
+    async def _start_roles(self, address: BusAddress) -> None:
+        settings, identity, bus, replica = self._settings, self._identity, self._bus, self._replica
+        meter = MachineMeter(
+            self._clock,
+            self._catalogue,
+            models_dir=Path(settings.models_dir),
+            declared=settings.backends,
+            limit_bytes=settings.memory_limit_bytes,
+        )
+        await meter.start()
+        machine = LocalMachine(settings, identity.node_id, address, self._catalogue, meter, self._ledger)
+        master = Master(
+            bus,
+            replica,
+            self._clock,
+            node_id=identity.node_id,
+            incarnation=identity.incarnation,
+            patience_s=0.0 if self._is_alone() else ELECTION_PATIENCE_S,
+            rules=Rules(replace_after_s=settings.replace_after_s, default_parallel=settings.parallel),
+        )
+        node = Node(
+            bus,
+            replica,
+            self._clock,
+            identity,
+            meter=meter,
+            hosting=Hosting(bus, self._clock, identity.node_id, machine),
+            state_file=StateFile(self._home),
+            authority=lambda: master.state,
+            roles=lambda: NodeRoles(version=__version__, role=settings.participation, api=self._api),
+        )
+        self._spawn("replica", replica.run())
+        self._spawn("master", master.run())
+        self._spawn("node", node.run())
+        self._spawn("meter", meter.run())
+
+    def _is_alone(self) -> bool:
+        """Whether no other node can be met, so that nobody needs to be waited for."""
+        return self._settings.local and not self._settings.bootstrap_peers and not self._settings.nats_url
+
+    async def _start_gateway(self, address: BusAddress) -> None:
+        gateway = Supervised(
+            "gateway", lambda: self._gateway_child(address), on_ready=self._gateway_ready, ledger=self._ledger
+        )
+        self._keep("gateway", gateway.run(), gateway.stop)
+        await gateway.wait_ready()
+
+    def _gateway_ready(self, child: Child, ready: Ready) -> None:
+        del child
+        # a free port that was picked is kept over restarts: clients know it by now
+        self._api_port = int(str(ready.fields["port"]))
+        host = str(ready.fields["host"])
+        reachable = "127.0.0.1" if host in {"0.0.0.0", "::"} else host  # noqa: S104 - compared, not bound
+        self._running.api_url = f"http://{reachable}:{self._api_port}"
+        self._api = f"{host}:{self._api_port}"
+
+    def _gateway_child(self, address: BusAddress) -> ChildSpec:
+        settings = self._settings
+        spec = GatewaySpec(
+            gateway_id=f"gw-{self._identity.node_id}",
+            incarnation=new_incarnation(),
+            node_id=self._identity.node_id,
+            node_name=self._identity.name,
+            version=__version__,
+            cluster=settings.cluster,
+            nats_url=address.url,
+            user=address.user,
+            password=address.password,
+            api_host="127.0.0.1" if settings.local else settings.api_host,
+            api_port=self._api_port,
+            models_dir=settings.models_dir,
+            models_path=settings.models_path,
+            verified_file=str(self._home / VERIFIED_FILE),
+            card_dirs=(str(self._home / CARDS_FOLDER),),
+            offline=settings.offline,
+            max_body_bytes=settings.max_body_bytes,
+            load_wait_s=settings.load_wait_s,
+            request_timeout_s=settings.request_timeout_s,
+            api_keys=settings.api_keys,
+            allowed_hosts=settings.allowed_hosts,
+            drain_timeout_s=GATEWAY_DRAIN_S,
+            log_format=settings.log_format,
+            log_level=settings.log_level,
+        )
+        return ChildSpec(
+            name="gateway",
+            argv=(sys.executable, "-m", "skulk", "_gateway"),
+            stdin=encode(spec),
+            log_path=self._home / "logs" / "gateway.log",
+            drain_s=GATEWAY_DRAIN_S + 1.0,
+        )
+
+    def _keep(self, name: str, run: Coroutine[Any, Any, GiveUp | None], stop: Callable[[], Awaitable[None]]) -> None:
+        """Runs a supervised child until the end; one that is given up ends the node."""
+
+        async def keep() -> None:
+            give_up = await run
+            if give_up is not None:
+                self._running.fail(error_of(give_up.code, give_up.detail))
+
+        self._spawn(name, keep())
+        self._stack.push_async_callback(stop)
+
+    def _spawn(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        """A task that ends with the launcher; one that fails ends the launcher."""
+
+        async def guarded() -> None:
+            try:
+                await work
+            except Exception as error:
+                log.exception("%s failed", name)
+                self._running.fail(StartError("child_failed", f"{name} failed: {error}; the log has more"))
+
+        task = asyncio.create_task(guarded(), name=name)
+
+        async def end() -> None:
+            task.cancel()
+            await asyncio.wait({task})
+
+        self._stack.push_async_callback(end)
+
+    def _write_node_file(self) -> None:
+        endpoint = self._endpoint
+        write_node_file(
+            self._home,
+            NodeFile(
+                node_id=self._identity.node_id,
+                pid=os.getpid(),
+                version=__version__,
+                cluster=self._settings.cluster,
+                started_at=self._clock.wall(),
+                api_url=self._running.api_url,
+                api_port=self._api_port if self._settings.api else 0,
+                nats_url=self._running.nats_url,
+                nats_port=0 if endpoint is None else endpoint.client_port,
+                route_port=0 if endpoint is None else endpoint.route_port or 0,
+            ),
+        )
+        self._stack.callback(remove_node_file, self._home)

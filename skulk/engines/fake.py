@@ -1,0 +1,207 @@
+"""An engine without native code, for tests of everything around an engine. Same input, same output, everywhere.
+
+Its weights file is a small JSON file of `FakeOptions`, so that a real runner process can load it (backend
+``fake-cpu``); no prompt can reach its crash hooks. A token is a byte of UTF-8, so characters come in pieces.
+The answer is a function of the history alone: words chosen by a hash of everything up to the last START token,
+cut after ``answer_tokens``; a resumed request therefore goes on as the first one would have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final, assert_never
+
+import msgspec
+
+from skulk.batching.step import StepPlan, StepResult
+from skulk.engines.protocol import EngineInfo, LoadCancelled, LoadSpec, Progress
+from skulk.errors import RequestError, ServiceError
+from skulk.wire.generation import ChatPrompt, Prompt, Sampling, TextPrompt, TokenPrompt
+
+END: Final = 256
+START: Final = 257
+VOCABULARY_SIZE: Final = 258
+_HANG_S: Final = 24 * 3600.0
+_TEXT: Final = "the river runs past Köln and 東京 to a quiet sea where 🦊 foxes sleep under old trees"
+_WORDS: Final = tuple(_TEXT.split())
+
+Sleep = Callable[[float], None]
+
+
+class FakeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the fake behaves. Steps count from 1 over the engine's life.
+
+    Attributes:
+        answer_tokens: length of each answer; then END.
+        step_s: what every step takes, and ``token_s`` for each of its tokens.
+        load_s: what loading takes, in ten parts, each of which can be cancelled.
+        load_error: load fails with ``model_file_invalid`` and this text.
+        fail_at_step: this step raises ``runner_failed``.
+        abort_at_step: this step ends the process like a crash in native code.
+        hang_at_step: this step doesn't come back.
+        once_marker: a path; crash, failure and hang happen only while no such file exists, and make it.
+    """
+
+    answer_tokens: int = 48
+    step_s: float = 0.0
+    token_s: float = 0.0
+    load_s: float = 0.0
+    load_error: str = ""
+    fail_at_step: int | None = None
+    abort_at_step: int | None = None
+    hang_at_step: int | None = None
+    once_marker: str | None = None
+
+
+class FakeEngine:
+    """See the module. Implements `skulk.engines.protocol.Engine`."""
+
+    def __init__(self, options: FakeOptions, info: EngineInfo, sleep: Sleep) -> None:
+        self._options = options
+        self._info = info
+        self._sleep = sleep
+        self._steps = 0
+        self._tokens: dict[int, list[int]] = {}
+        self._salts: dict[int, str] = {}
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def tokens_of(self, prompt: Prompt) -> tuple[int, ...]:
+        match prompt:
+            case ChatPrompt(messages=messages):
+                if not messages:
+                    raise RequestError("invalid_request", "messages is empty; send at least one.", param="messages")
+                text = "".join(f"{message.role}: {message.content}\n" for message in messages)
+            case TextPrompt(text=text):
+                pass
+            case TokenPrompt(tokens=tokens):
+                return tokens
+            case _:
+                assert_never(prompt)
+        return (*text.encode("utf-8", "replace"), START)
+
+    def begin(self, slot: int, sampling: Sampling, history: Sequence[int], *, choice: int = 0) -> None:
+        assert 0 <= slot < self._info.n_parallel and slot not in self._tokens, f"slot {slot} can't begin"
+        assert all(0 <= token < VOCABULARY_SIZE for token in history), "a history of another engine"
+        self._tokens[slot] = []
+        is_greedy = sampling.temperature == 0
+        self._salts[slot] = "" if is_greedy else f"{sampling.seed if sampling.seed is not None else ''} {choice}"
+
+    def run(self, plan: StepPlan) -> StepResult:
+        started = time.perf_counter()
+        self._steps += 1
+        self._misbehave()
+        pause = self._options.step_s + self._options.token_s * plan.token_count
+        if pause > 0:
+            self._sleep(pause)
+        sampled: dict[int, int] = {}
+        for row in plan.rows:
+            tokens = self._tokens[row.slot]
+            assert row.tokens and row.start == len(tokens), f"slot {row.slot} is at {len(tokens)}, not at {row.start}"
+            assert len(tokens) + len(row.tokens) <= self._info.n_ctx, f"slot {row.slot} leaves its window"
+            tokens.extend(row.tokens)
+            if row.sample:
+                sampled[row.slot] = next_token(tokens, self._salts[row.slot], self._options.answer_tokens)
+        return StepResult(sampled=sampled, elapsed_s=time.perf_counter() - started)
+
+    def _misbehave(self) -> None:
+        options = self._options
+        due = self._steps in (options.fail_at_step, options.abort_at_step, options.hang_at_step)
+        if not due:
+            return
+        if options.once_marker is not None:
+            marker = Path(options.once_marker)
+            if marker.exists():
+                return
+            marker.touch()
+        if self._steps == options.fail_at_step:
+            raise ServiceError("runner_failed", f"the fake engine fails at step {self._steps}, as it was told.")
+        if self._steps == options.abort_at_step:
+            os.abort()
+        self._sleep(_HANG_S)
+
+    def end(self, slot: int) -> None:
+        del self._tokens[slot], self._salts[slot]
+
+    def piece(self, token: int) -> bytes:
+        return bytes((token,)) if token < END else b""
+
+    def is_end(self, token: int) -> bool:
+        return token == END
+
+    def close(self) -> None:
+        self._tokens.clear()
+        self._salts.clear()
+
+
+def answer_of(prompt: Sequence[int], salt: str, length: int) -> bytes:
+    """The answer to a prompt: ``length`` bytes of words, whole characters, padded with dots."""
+    answer = bytearray()
+    count = 0
+    while len(answer) < length:
+        key = b" ".join((salt.encode(), str(count).encode(), msgspec.json.encode(list(prompt))))
+        word = _WORDS[int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") % len(_WORDS)]
+        answer += (" " if count else "").encode() + word.encode()
+        count += 1
+    cut = bytes(answer[:length]).decode("utf-8", "ignore").encode()
+    return cut + b"." * (length - len(cut))
+
+
+def next_token(tokens: Sequence[int], salt: str, answer_tokens: int) -> int:
+    """What follows these tokens: a pure function."""
+    after_start = next((index for index in range(len(tokens), 0, -1) if tokens[index - 1] == START), 0)
+    emitted = len(tokens) - after_start
+    if emitted >= answer_tokens:
+        return END
+    return answer_of(tokens[:after_start], salt, answer_tokens)[emitted]
+
+
+class FakeLoader:
+    """A `Loader` whose time is the caller's. ``sleep`` takes seconds."""
+
+    def __init__(self, sleep: Sleep = time.sleep) -> None:
+        self._sleep = sleep
+
+    def __call__(self, spec: LoadSpec, progress: Progress) -> FakeEngine:
+        """See `skulk.engines.protocol.Loader`; ``spec.path``: a JSON file of `FakeOptions`."""
+        options = _options_of(spec.path)
+        for part in range(11):
+            if not progress(part / 10):
+                raise LoadCancelled
+            if options.load_s > 0 and part < 10:
+                self._sleep(options.load_s / 10)
+        if options.load_error:
+            raise RequestError("model_file_invalid", options.load_error)
+        info = EngineInfo(
+            engine="fake",
+            version="1",
+            backend=spec.backend,
+            architecture="fake",
+            n_ctx=spec.context_length,
+            n_parallel=spec.n_parallel,
+            n_batch=spec.n_batch,
+            vocabulary_size=VOCABULARY_SIZE,
+            has_template=True,
+            kv_cells=spec.kv_cells,
+        )
+        return FakeEngine(options, info, self._sleep)
+
+
+def _options_of(path: str) -> FakeOptions:
+    try:
+        return msgspec.json.decode(Path(path).read_bytes(), type=FakeOptions)
+    except OSError as error:
+        raise RequestError("model_file_invalid", f"{path} can't be read: {error.strerror}; check the path.") from error
+    except msgspec.DecodeError as error:
+        raise RequestError("model_file_invalid", f"{path} holds no options of the fake engine: {error}.") from error
+
+
+def load(spec: LoadSpec, progress: Progress) -> FakeEngine:
+    """The fake's `Loader` on the machine's own time."""
+    return FakeLoader()(spec, progress)

@@ -1,0 +1,99 @@
+"""Text to tokens and back with a model's own vocabulary. Every method may be called from any thread."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, Final
+
+from skulk.engines.llama_cpp.native import library
+
+# llama_token_attr of llama.h: texts of these are recognised only with parse_special.
+_ATTR_UNKNOWN: Final = 1 << 0
+_ATTR_CONTROL: Final = 1 << 3
+_TYPE_SPM: Final = 1
+_INT32_MAX: Final = 2**31 - 1
+_NO_TOKEN: Final = -1
+
+
+class Vocabulary:
+    """The vocabulary of a loaded model; it lives as long as the model does.
+
+    Attributes:
+        size: number of tokens.
+        special_texts: texts that a tokenizer turns into control tokens when it parses specials.
+        longest_piece_bytes: no token stands for more text than this.
+    """
+
+    def __init__(self, model: int) -> None:
+        self._lib: Any = library()
+        self._vocab: int = self._lib.llama_model_get_vocab(model)
+        self.size: int = self._lib.llama_vocab_n_tokens(self._vocab)
+        self.bos: int | None = self._token(self._lib.llama_vocab_bos)
+        self.eos: int | None = self._token(self._lib.llama_vocab_eos)
+        self.adds_bos: bool = self.bos is not None and bool(self._lib.llama_vocab_get_add_bos(self._vocab))
+        self._prefixes_space: bool = self._lib.llama_vocab_type(self._vocab) == _TYPE_SPM
+        self._pieces: tuple[bytes, ...] = tuple(self._piece(token) for token in range(self.size))
+        self.longest_piece_bytes: int = max((len(piece) for piece in self._pieces), default=1) or 1
+        self.special_texts: frozenset[str] = frozenset(
+            text for token in range(self.size) if self._is_special(token) and (text := self.text_of(token))
+        )
+
+    def _token(self, get: Any) -> int | None:
+        token: int = get(self._vocab)
+        return None if token == _NO_TOKEN else token
+
+    def _is_special(self, token: int) -> bool:
+        return bool(self._lib.llama_vocab_get_attr(self._vocab, token) & (_ATTR_CONTROL | _ATTR_UNKNOWN))
+
+    def text_of(self, token: int | None) -> str:
+        """A token's own name in the vocabulary, ``<|im_end|>``; empty for None."""
+        if token is None:
+            return ""
+        return (self._lib.llama_vocab_get_text(self._vocab, token) or b"").decode("utf-8", "replace")
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of a token's text; empty for control tokens. They may cut a character."""
+        return self._pieces[token]
+
+    def _piece(self, token: int) -> bytes:
+        buffer = ctypes.create_string_buffer(64)
+        length: int = self._lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+        if length < 0:
+            buffer = ctypes.create_string_buffer(-length)
+            length = self._lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+        return buffer.raw[: max(0, length)]
+
+    def is_end(self, token: int) -> bool:
+        """Whether the model ends its answer with this token (``llama_vocab_is_eog``)."""
+        return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
+
+    def tokenise(self, text: str, *, parse_special: bool, is_start: bool = True) -> tuple[int, ...]:
+        """The ids of a text, without BOS or EOS.
+
+        Args:
+            text: any text; surrogates that aren't characters become ``?``.
+            parse_special: whether texts of control tokens become control tokens.
+            is_start: False: more text stands before this one, so no space is put in front of it as SentencePiece
+                vocabularies do.
+        """
+        body = text.encode("utf-8", "replace")
+        if is_start or not self._prefixes_space:
+            return self._tokenise(body, parse_special=parse_special)
+        # A line feed is a token of its own in such vocabularies: it takes the space, and both go again.
+        lead = self._tokenise(b"\n", parse_special=False)
+        tokens = self._tokenise(b"\n" + body, parse_special=parse_special)
+        if tokens[: len(lead)] == lead:
+            return tokens[len(lead) :]
+        return self._tokenise(body, parse_special=parse_special)
+
+    def _tokenise(self, body: bytes, *, parse_special: bool) -> tuple[int, ...]:
+        if not body:
+            return ()
+        room = len(body) + 8
+        while True:
+            tokens = (ctypes.c_int32 * room)()
+            count: int = self._lib.llama_tokenize(self._vocab, body, len(body), tokens, room, False, parse_special)
+            if count >= 0:
+                return tuple(tokens[:count])
+            assert -count > room and count > -_INT32_MAX, "llama_tokenize asked for no more room than it had"
+            room = -count

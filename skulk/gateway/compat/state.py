@@ -1,0 +1,121 @@
+"""``GET /state``: the whole cluster in one object, camelCase, as existing clients poll it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from skulk.cluster.view import ClusterView, NodeView
+from skulk.gateway.compat.instances import instance_json, runner_json, shard_json
+from skulk.wire.beats import Accelerator, NodeBeat
+from skulk.wire.model import HeldModel, ModelCard
+
+
+def state_json(view: ClusterView, cards: Mapping[str, ModelCard], now: float, wall: float) -> dict[str, Any]:
+    """The view as ``/state``.
+
+    Args:
+        view: what is known now.
+        cards: of models that lie on disks, by model id.
+        now: of the clock that the view's ``heard_at`` is of.
+        wall: the same moment in seconds since the epoch.
+    """
+    beats = {name: node.beat for name, node in sorted(view.nodes.items())}
+    position = view.state.position
+    assigned = [
+        instance.assignment.runner_id for instance in view.state.instances.values() if instance.assignment is not None
+    ]
+    return {
+        "instances": {name: instance_json(view, instance) for name, instance in view.state.instances.items()},
+        "runners": {runner: runner_json(view.runners.get(runner)) for runner in assigned},
+        "downloads": {name: [_held_json(held, cards) for held in beat.models] for name, beat in beats.items()},
+        "topology": {
+            "nodes": list(beats),
+            "connections": {
+                name: {peer: [] for peer in sorted(beat.hears) if peer != name} for name, beat in beats.items()
+            },
+        },
+        "nodeIdentities": {name: _identity_json(beat) for name, beat in beats.items()},
+        "nodeMemory": {name: _memory_json(beat) for name, beat in beats.items()},
+        "nodeSystem": {name: _system_json(beat) for name, beat in beats.items()},
+        "nodeDisk": {name: _disk_json(beat) for name, beat in beats.items()},
+        "nodeHealth": {name: _health_json(beat) for name, beat in beats.items()},
+        "nodeBackends": {name: list(beat.tags) for name, beat in beats.items()},
+        "lastSeen": {name: _seen_at(node, now, wall) for name, node in sorted(view.nodes.items())},
+        "lastEventAppliedIdx": position.seq,
+        "master": None if view.master is None else view.master.node_id,
+        "term": position.term.number,
+        "draining": sorted(view.state.drains),
+    }
+
+
+def _identity_json(beat: NodeBeat) -> dict[str, Any]:
+    return {
+        "friendlyName": beat.name,
+        "hostname": beat.system.hostname,
+        "skulkVersion": beat.version,
+        "skulkCommit": "",
+        "osVersion": beat.system.os,
+        "architecture": beat.system.architecture,
+        "chipId": beat.system.chip,
+        "role": beat.role,
+        "api": beat.api,
+    }
+
+
+def _memory_json(beat: NodeBeat) -> dict[str, Any]:
+    return {
+        "ramTotal": {"inBytes": beat.memory.total_bytes},
+        "ramAvailable": {"inBytes": beat.memory.available_bytes},
+        "usable": {"inBytes": beat.memory.usable_bytes},
+    }
+
+
+def _system_json(beat: NodeBeat) -> dict[str, Any]:
+    gpus = beat.system.accelerators
+    return {
+        "accelerator": _accelerator_json(gpus[0]) if gpus else None,
+        "accelerators": [_accelerator_json(gpu) for gpu in gpus],
+        "physicalCores": beat.system.physical_cores,
+        "load": beat.load,
+    }
+
+
+def _accelerator_json(gpu: Accelerator) -> dict[str, Any]:
+    return {
+        "vendor": gpu.vendor,
+        "name": gpu.name,
+        "vramTotalBytes": gpu.vram_total_bytes,
+        "vramUsedBytes": gpu.vram_used_bytes,
+        "gttTotalBytes": gpu.gtt_total_bytes,
+    }
+
+
+def _disk_json(beat: NodeBeat) -> dict[str, Any]:
+    return {"total": {"inBytes": beat.disk.total_bytes}, "available": {"inBytes": beat.disk.available_bytes}}
+
+
+def _health_json(beat: NodeBeat) -> dict[str, Any]:
+    levels = {warning.level for warning in beat.warnings}
+    return {
+        "level": "error" if "error" in levels else "warn" if levels else "ok",
+        "reasons": [
+            {"code": warning.code, "message": warning.message, "remediation": warning.remediation}
+            for warning in beat.warnings
+        ],
+    }
+
+
+def _held_json(held: HeldModel, cards: Mapping[str, ModelCard]) -> dict[str, Any]:
+    card = cards.get(held.model_id)
+    shard: dict[str, Any] = (
+        {"PipelineShardMetadata": {"modelCard": {"modelId": held.model_id}, "deviceRank": 0, "worldSize": 1}}
+        if card is None
+        else shard_json(card, "")
+    )
+    return {"DownloadCompleted": {"shardMetadata": shard, "total": {"inBytes": held.size_bytes}}}
+
+
+def _seen_at(node: NodeView, now: float, wall: float) -> str:
+    return datetime.fromtimestamp(wall - (now - node.heard_at), tz=UTC).isoformat()

@@ -1,0 +1,87 @@
+"""Who this node is, how it and the cluster fare, and the event log."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any, Final
+
+import msgspec
+from aiohttp import web
+
+from skulk.gateway.bodies import whole_number
+from skulk.gateway.compat.diagnostics import cluster_json, node_json
+from skulk.gateway.compat.state import state_json
+from skulk.gateway.keys import BUS, CARDS, CLOCK, DISPATCHER, METRICS, REPLICA, SPEC
+from skulk.gateway.metrics import CONTENT_TYPE
+from skulk.gateway.replies import json_response
+
+MAX_EVENTS: Final = 1_000
+
+
+async def node_id(request: web.Request) -> web.Response:
+    """``GET /node_id``: a bare JSON string."""
+    return json_response(request.app[SPEC].node_id)
+
+
+async def identity(request: web.Request) -> web.Response:
+    """``GET /node/identity``; the address is the one this very request came to."""
+    name: Any = None if request.transport is None else request.transport.get_extra_info("sockname")
+    return json_response(
+        {
+            "nodeId": request.app[SPEC].node_id,
+            "hostname": socket.gethostname(),
+            "ipAddress": name[0] if isinstance(name, tuple) else "",
+        }
+    )
+
+
+async def health(request: web.Request) -> web.Response:
+    """``GET /health``: the process answers."""
+    return json_response({"status": "ok", "version": request.app[SPEC].version})
+
+
+async def ready(request: web.Request) -> web.Response:
+    """``GET /ready``: 200 while the bus is connected and a master leads, else 503 with what is missing."""
+    missing: list[str] = []
+    if request.app[BUS].state != "connected":
+        missing.append("bus")
+    if request.app[REPLICA].view.master is None:
+        missing.append("master")
+    if not missing:
+        return json_response({"status": "ready"})
+    response = json_response({"status": "not_ready", "missing": missing}, status=503)
+    response.headers["Retry-After"] = "1"
+    return response
+
+
+async def state(request: web.Request) -> web.Response:
+    """``GET /state``."""
+    clock, cards = request.app[CLOCK], request.app[CARDS]
+    by_id = {known.card.model_id: known.card for known in cards.all()}
+    return json_response(state_json(request.app[REPLICA].view, by_id, clock.now(), clock.wall()))
+
+
+async def events(request: web.Request) -> web.Response:
+    """``GET /events``: the newest events, oldest first; ``?since=SEQ`` only those after it."""
+    since = whole_number(request, "since", 0, low=0, high=2**53)
+    limit = whole_number(request, "limit", MAX_EVENTS, low=1, high=MAX_EVENTS)
+    return json_response(request.app[REPLICA].history(limit, since))
+
+
+async def metrics(request: web.Request) -> web.Response:
+    """``GET /metrics``: for Prometheus."""
+    text = request.app[METRICS].text(request.app[BUS].counters, request.app[DISPATCHER].open_runs)
+    return web.Response(body=text.encode(), headers={"Content-Type": CONTENT_TYPE})
+
+
+async def diagnose_node(request: web.Request) -> web.Response:
+    """``GET /v1/diagnostics/node``."""
+    spec = request.app[SPEC]
+    told = node_json(request.app[REPLICA].view, spec.node_id, spec.version)
+    return json_response({**told, "bus": msgspec.to_builtins(request.app[BUS].counters)})
+
+
+async def diagnose_cluster(request: web.Request) -> web.Response:
+    """``GET /v1/diagnostics/cluster``."""
+    spec = request.app[SPEC]
+    return json_response(cluster_json(request.app[REPLICA].view, spec.node_id, spec.version))

@@ -1,0 +1,55 @@
+"""Every route, once; ``GET /`` lists them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from skulk.gateway import chat, generations, instances, models, nodes
+from skulk.gateway.keys import SPEC
+from skulk.gateway.replies import json_response
+
+
+async def index(request: web.Request) -> web.Response:
+    """``GET /``: what there is."""
+    listed = [f"{method} {path}" for method, path, _ in ROUTES]
+    return json_response({"name": "skulk", "version": request.app[SPEC].version, "routes": listed})
+
+
+ROUTES: Final[tuple[tuple[str, str, Handler], ...]] = (
+    ("GET", "/", index),
+    ("GET", "/health", nodes.health),
+    ("GET", "/ready", nodes.ready),
+    ("GET", "/metrics", nodes.metrics),
+    ("GET", "/node_id", nodes.node_id),
+    ("GET", "/node/identity", nodes.identity),
+    ("GET", "/state", nodes.state),
+    ("GET", "/events", nodes.events),
+    ("GET", "/v1/diagnostics/node", nodes.diagnose_node),
+    ("GET", "/v1/diagnostics/cluster", nodes.diagnose_cluster),
+    ("POST", "/place_instance", instances.place_instance),
+    ("POST", "/instance", instances.create_instance),
+    ("GET", "/instance/previews", instances.previews),
+    ("GET", "/instance/placement", instances.placement),
+    ("GET", "/instance/{instance_id}", instances.show_instance),
+    ("DELETE", "/instance/{instance_id}", instances.delete_instance),
+    ("GET", "/models", models.list_models),
+    ("GET", "/models/search", models.search_models),
+    ("GET", "/v1/models", models.list_models),
+    ("GET", "/v1/models/{model_id:.+}", models.show_model),
+    ("POST", "/v1/chat/completions", chat.chat_completions),
+    ("POST", "/bench/chat/completions", chat.bench_chat_completions),
+    ("POST", "/v1/completions", chat.completions),
+    ("POST", "/v1/cancel/{command_id}", generations.cancel),
+)
+
+
+def add_routes(app: web.Application) -> None:
+    """Adds them all; ``HEAD`` answers wherever ``GET`` does."""
+    for method, path, handler in ROUTES:
+        if method == "GET":
+            app.router.add_get(path, handler)
+        else:
+            app.router.add_route(method, path, handler)

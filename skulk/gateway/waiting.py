@@ -1,0 +1,70 @@
+"""Why a placed model can't answer now, in one honest sentence."""
+
+from __future__ import annotations
+
+from skulk.cluster.view import ClusterView, phase_of, runner_of
+from skulk.errors import RequestError, ServiceError, SkulkError, UnavailableError
+from skulk.wire.beats import RunnerStatus
+from skulk.wire.state import Instance
+
+RETRY_LOADING_S = 5.0
+RETRY_PENDING_S = 15.0
+
+
+def not_placed(model_id: str) -> RequestError:
+    """The refusal of a known model that has no instance."""
+    return RequestError(
+        "model_not_placed",
+        f"the model {model_id} is not placed; place it with POST /place_instance "
+        f'{{"model_id": "{model_id}"}} (or: skulk place {model_id})',
+        param="model",
+    )
+
+
+def why_not_ready(view: ClusterView, instances: tuple[Instance, ...]) -> SkulkError:
+    """The error for a model none of whose instances is ready: the most hopeful of them speaks."""
+    assert instances, "nothing is placed"
+    by_phase = {phase_of(view, instance): instance for instance in reversed(instances)}
+    for phase in ("loading", "placing"):
+        if phase in by_phase:
+            return _loading(by_phase[phase], runner_of(view, by_phase[phase]))
+    if "pending" in by_phase:
+        instance = by_phase["pending"]
+        return UnavailableError(
+            "instance_not_ready",
+            f"the instance {instance.instance_id} of {instance.model_id} has no node: "
+            f"{instance.reason or 'none was chosen yet'}",
+            retry_after_s=RETRY_PENDING_S,
+        )
+    instance = by_phase["failed"]
+    status = runner_of(view, instance)
+    error = None if status is None else status.error
+    reason = "no reason is known; see the node's log" if error is None else error.detail
+    return ServiceError(
+        "runner_failed",
+        f"the instance {instance.instance_id} of {instance.model_id} can't run: {reason}",
+        retry_after_s=None if error is None else error.retry_after_s,
+    )
+
+
+def _loading(instance: Instance, status: RunnerStatus | None) -> UnavailableError:
+    state = "is being placed" if status is None else f"is {status.phase}, {status.progress:.0%} done"
+    return UnavailableError(
+        "instance_not_ready",
+        f"the instance {instance.instance_id} of {instance.model_id} {state}; ask again in a moment",
+        retry_after_s=RETRY_LOADING_S,
+    )
+
+
+def death_of(view: ClusterView, known: RunnerStatus) -> ServiceError | None:
+    """Why a runner that was ready is dead by the view's word; None while it lives."""
+    status = view.runners.get(known.runner_id)
+    name = f"the runner {known.runner_id}"
+    if status is None:
+        return ServiceError("runner_failed", f"{name} is gone: it was stopped, or its node {known.node_id} was lost")
+    if status.restarts > known.restarts:
+        return ServiceError("runner_failed", f"{name} died and was started again; send the request again")
+    if status.phase in ("failed", "refused", "stopped"):
+        reason = "it was stopped" if status.error is None else status.error.detail
+        return ServiceError("runner_failed", f"{name} ended: {reason}")
+    return None

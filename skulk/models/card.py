@@ -1,0 +1,224 @@
+"""Model cards: made of a GGUF header, or read from a TOML file.
+
+| card field | from the header |
+|---|---|
+| `weights_bytes` | sum of the tensors' sizes, over all parts |
+| `kv_bytes_per_token` | sum over attention layers of KV heads x (key length + value length) x 2 bytes |
+| `recurrent_bytes` | state of the recurrent layers, where there are some |
+| `context_length` | `<arch>.context_length` |
+| `quantization` | the file's name, else `general.file_type` |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from skulk.errors import RequestError
+from skulk.models.ggml_types import FILE_TYPES
+from skulk.models.gguf import GgufHeader
+from skulk.models.quantization import parse_file_name
+from skulk.wire.model import ModelCard, ModelFile, ModelFormat
+
+GGUF_BACKENDS: Final = ("llama_cpp-vulkan", "llama_cpp-rocm", "llama_cpp-cuda", "llama_cpp-cpu")
+MAX_CARD_BYTES: Final = 256 * 1024
+MAX_LAYERS: Final = 4096
+# What JSON readers everywhere hold exactly.
+MAX_NUMBER: Final = 2**53
+_F16_BYTES: Final = 2
+_F32_BYTES: Final = 4
+_TEMPLATE: Final = "tokenizer.chat_template"
+# Architectures that are parts of other models, or answer with vectors: `general.architecture`.
+_NO_TEXT: Final = {
+    "clip": "a projector (the vision or audio part of another model)",
+    "bert": "an embedding model",
+    "nomic-bert": "an embedding model",
+    "jina-bert-v2": "an embedding model",
+    "t5encoder": "an encoder",
+}
+
+
+class CardFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A card as a TOML file writes it: `ModelCard`, and where its files may lie.
+
+    Attributes:
+        package: an installed Python package that carries the files, beside its ``__init__.py``.
+    """
+
+    model_id: str
+    name: str
+    family: str
+    backends: tuple[str, ...]
+    files: tuple[ModelFile, ...]
+    context_length: int
+    weights_bytes: int
+    kv_bytes_per_token: int
+    format: ModelFormat = "gguf"
+    quantization: str = ""
+    max_context_tokens: int | None = None
+    recurrent_bytes: int = 0
+    layers: int = 0
+    embedding_length: int = 0
+    vocabulary_size: int = 0
+    tasks: tuple[str, ...] = ("TextGeneration",)
+    capabilities: tuple[str, ...] = ("text",)
+    tags: tuple[str, ...] = ()
+    license: str = ""
+    source: str = ""
+    package: str = ""
+
+    def to_card(self) -> ModelCard:
+        """The card itself."""
+        fields = {name: getattr(self, name) for name in self.__struct_fields__ if name != "package"}
+        return ModelCard(**fields)
+
+
+def read_card(path: Path) -> CardFile:
+    """A card from a TOML file.
+
+    Raises:
+        RequestError: ``invalid_request``: the file can't be read, is no TOML, or no card; with the place.
+    """
+    try:
+        body = path.read_bytes()
+    except OSError as error:
+        raise RequestError("invalid_request", f"the card {path} can't be read: {error.strerror}.") from error
+    if len(body) > MAX_CARD_BYTES:
+        raise RequestError("invalid_request", f"the card {path} has {len(body):,} bytes; at most {MAX_CARD_BYTES:,}.")
+    try:
+        card = msgspec.toml.decode(body, type=CardFile)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RequestError(
+            "invalid_request", f"the card {path} is not valid: {error}; mend it or remove it."
+        ) from error
+    if not card.files or not card.backends or card.context_length <= 0:
+        raise RequestError(
+            "invalid_request", f"the card {path} needs at least one file, one backend and a context_length over 0."
+        )
+    if wrong := next((file.name for file in card.files if not _is_inside(file.name)), None):
+        raise RequestError("invalid_request", f"the card {path} names the file {wrong!r}, which leaves its folder.")
+    return card
+
+
+def _is_inside(name: str) -> bool:
+    return bool(name) and not name.startswith("/") and ".." not in name.split("/") and "\\" not in name
+
+
+def card_from_gguf(
+    headers: Sequence[GgufHeader],
+    *,
+    model_id: str,
+    files: Sequence[ModelFile],
+    source: str = "",
+) -> ModelCard:
+    """A card from the headers of a model's files, the first part first.
+
+    Raises:
+        RequestError: ``model_file_invalid``: the header lacks what a language model has, or is of another kind.
+    """
+    header = headers[0]
+    name = files[0].name
+    architecture = header.get("general.architecture", str, "")
+    if not architecture:
+        raise RequestError("model_file_invalid", f"{name} doesn't say its architecture; choose another file.")
+    if architecture in _NO_TEXT:
+        raise RequestError(
+            "model_file_invalid", f"{name} is {_NO_TEXT[architecture]}; it can't generate text by itself."
+        )
+    layers = header.get(f"{architecture}.block_count", int, 0)
+    context_length = header.get(f"{architecture}.context_length", int, 0)
+    if layers <= 0 or context_length <= 0:
+        raise RequestError(
+            "model_file_invalid", f"{name} doesn't say its layers and context length; it is no language model."
+        )
+    file_type = FILE_TYPES.get(header.get("general.file_type", int, -1), "")
+    card = ModelCard(
+        model_id=model_id,
+        name=header.get("general.name", str, "") or model_id,
+        family=architecture,
+        backends=GGUF_BACKENDS,
+        files=tuple(files),
+        quantization=parse_file_name(name.rsplit("/", 1)[-1]).quantization or file_type,
+        context_length=context_length,
+        weights_bytes=sum(part.weights_bytes for part in headers),
+        kv_bytes_per_token=kv_bytes_per_token(header, architecture),
+        recurrent_bytes=recurrent_bytes(header, architecture),
+        layers=layers,
+        embedding_length=header.get(f"{architecture}.embedding_length", int, 0),
+        vocabulary_size=_vocabulary_size(header, architecture),
+        tags=_tags(header, architecture),
+        license=header.get("general.license", str, ""),
+        source=source,
+    )
+    numbers = (card.context_length, card.kv_bytes_per_token, card.recurrent_bytes, card.layers, card.vocabulary_size)
+    if any(not 0 <= number <= MAX_NUMBER for number in (*numbers, card.embedding_length)):
+        raise RequestError("model_file_invalid", f"{name} claims impossible sizes in its header; download it again.")
+    return card
+
+
+def kv_bytes_per_token(header: GgufHeader, architecture: str) -> int:
+    """Bytes of one token in one sequence's 16-bit cache. Sliding windows are counted as if they kept everything."""
+    heads = _per_layer(header, f"{architecture}.attention.head_count", 0)
+    kv_heads = _per_layer(header, f"{architecture}.attention.head_count_kv", None) or heads
+    embedding = header.get(f"{architecture}.embedding_length", int, 0)
+    most_heads = max(heads, default=0)
+    head_length = embedding // most_heads if most_heads else 0
+    key_length = header.get(f"{architecture}.attention.key_length", int, head_length)
+    value_length = header.get(f"{architecture}.attention.value_length", int, head_length)
+    interval = header.get(f"{architecture}.full_attention_interval", int, 1)
+    if interval > 1:
+        kv_heads = tuple(count if (layer + 1) % interval == 0 else 0 for layer, count in enumerate(kv_heads))
+    return sum(kv_heads) * (key_length + value_length) * _F16_BYTES
+
+
+def recurrent_bytes(header: GgufHeader, architecture: str) -> int:
+    """Bytes of the state that a sequence has whatever its length (Mamba, gated delta nets); 0 without such layers."""
+    inner = header.get(f"{architecture}.ssm.inner_size", int, 0)
+    state = header.get(f"{architecture}.ssm.state_size", int, 0)
+    if inner <= 0 or state <= 0:
+        return 0
+    conv = max(0, header.get(f"{architecture}.ssm.conv_kernel", int, 1) - 1)
+    groups = header.get(f"{architecture}.ssm.group_count", int, 0)
+    layers = header.get(f"{architecture}.block_count", int, 0)
+    kv_heads = _per_layer(header, f"{architecture}.attention.head_count_kv", None)
+    interval = header.get(f"{architecture}.full_attention_interval", int, 0)
+    if interval > 1:
+        layers -= layers // interval
+    elif kv_heads and 0 in kv_heads:
+        layers = kv_heads.count(0)
+    return layers * (conv * (inner + 2 * groups * state) + state * inner) * _F32_BYTES
+
+
+def _per_layer(header: GgufHeader, key: str, default: int | None) -> tuple[int, ...]:
+    """A value that stands once for all layers or once for each; empty where it is absent and has no default."""
+    architecture = key.split(".", 1)[0]
+    layers = header.get(f"{architecture}.block_count", int, 0)
+    value = header.metadata.get(key, default)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (max(0, value),) * min(layers, MAX_LAYERS)
+    if isinstance(value, tuple):
+        return tuple(max(0, item) for item in value if isinstance(item, int))
+    return ()
+
+
+def _vocabulary_size(header: GgufHeader, architecture: str) -> int:
+    """The number of tokens, however the header tells it."""
+    said = header.get(f"{architecture}.vocab_size", int, 0)
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    if said or tokens is None or isinstance(tokens, (str, int, float)):
+        return said
+    return len(tokens) if isinstance(tokens, tuple) else tokens.count
+
+
+def _tags(header: GgufHeader, architecture: str) -> tuple[str, ...]:
+    tags: list[str] = []
+    if _TEMPLATE not in header.metadata:
+        tags.append("no-chat-template")
+    if window := header.get(f"{architecture}.attention.sliding_window", int, 0):
+        tags.append(f"sliding-window-{window}")
+    if header.get(f"{architecture}.ssm.state_size", int, 0):
+        tags.append("recurrent")
+    return tuple(tags)

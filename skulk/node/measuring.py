@@ -1,0 +1,119 @@
+"""What a node tells of its machine in each beat; what changes slowly is asked seldom, never in the beat's way."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+from skulk.clock import Clock
+from skulk.models.catalogue import Catalogue
+from skulk.node.node import Measured
+from skulk.telemetry.backends import Advertised, probe_engine, tags_of
+from skulk.telemetry.gpus import accelerators
+from skulk.telemetry.host import disk_facts, load_average, system_facts
+from skulk.telemetry.memory import memory_facts
+from skulk.telemetry.processes import process_memory
+from skulk.wire.beats import Accelerator, DiskFacts, HealthReason, MemoryFacts, SystemFacts
+from skulk.wire.model import HeldModel
+
+PROBE: Final = (sys.executable, "-m", "skulk.engines.llama_cpp.probe")
+ENGINE_EVERY_S: Final = 60.0
+GPUS_EVERY_S: Final = 5.0
+MODELS_EVERY_S: Final = 30.0
+
+
+class MachineMeter:
+    """Measures this machine. `start` once before the first beat; keep `run` going.
+
+    Args:
+        models_dir: where weights lie; its disk is the one that is told.
+        declared: backends that the operator declared; empty: detect.
+        limit_bytes: the most that models may take here; 0: no limit.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        catalogue: Catalogue,
+        *,
+        models_dir: Path,
+        declared: tuple[str, ...],
+        limit_bytes: int,
+    ) -> None:
+        self._clock = clock
+        self._catalogue = catalogue
+        self._models_dir = models_dir
+        self._declared = declared
+        self._limit_bytes = limit_bytes
+        self._advertised = Advertised((), ())
+        self._gpus: tuple[Accelerator, ...] = ()
+        self._system: SystemFacts | None = None
+        self._models: tuple[HeldModel, ...] = ()
+        self._problems: tuple[HealthReason, ...] = ()
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The advertised backends."""
+        return self._advertised.tags
+
+    async def start(self) -> None:
+        """Looks at everything once."""
+        await asyncio.gather(self._look_at_engine(), self._look_at_gpus(), self._look_at_models())
+
+    async def run(self) -> None:
+        """Looks again at what changes slowly, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(_every(ENGINE_EVERY_S, self._look_at_engine), name="look-at-engine")
+            tasks.create_task(_every(MODELS_EVERY_S, self._look_at_models), name="look-at-models")
+            if self._gpus:
+                tasks.create_task(_every(GPUS_EVERY_S, self._look_at_gpus), name="look-at-gpus")
+
+    async def measure(self, pids: Mapping[str, int]) -> Measured:
+        """Facts as they are now; the file system and ``/proc`` are read in a thread."""
+        memory, runner_bytes, disk = await asyncio.to_thread(self._measure, dict(pids))
+        if self._system is None:
+            self._system = await asyncio.to_thread(system_facts, self._gpus)
+        return Measured(
+            tags=self._advertised.tags,
+            system=self._system,
+            memory=memory,
+            disk=disk,
+            load=load_average(),
+            models=self._models,
+            warnings=(*self._advertised.warnings, *self._problems),
+            runner_bytes=runner_bytes,
+        )
+
+    def _measure(self, pids: dict[str, int]) -> tuple[MemoryFacts, dict[str, int], DiskFacts]:
+        own = {runner: process_memory(pid) for runner, pid in pids.items()}
+        memory = memory_facts(self.tags, self._gpus, limit_bytes=self._limit_bytes, own=own.values())
+        return memory, {runner: taken.total_bytes for runner, taken in own.items()}, disk_facts(self._models_dir)
+
+    async def _look_at_engine(self) -> None:
+        self._advertised = tags_of(self._declared, await probe_engine(PROBE))
+
+    async def _look_at_gpus(self) -> None:
+        self._gpus = await accelerators()
+        self._system = None
+
+    async def _look_at_models(self) -> None:
+        self._models, self._problems = await asyncio.to_thread(self._read_models)
+
+    def _read_models(self) -> tuple[tuple[HeldModel, ...], tuple[HealthReason, ...]]:
+        self._catalogue.rescan()
+        problems = tuple(
+            HealthReason(
+                level="warn", code="model_problem", message=problem.reason, remediation="Mend or remove the file"
+            )
+            for problem in self._catalogue.problems()
+        )
+        return self._catalogue.held(), problems
+
+
+async def _every(period_s: float, look: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        await asyncio.sleep(period_s)
+        await look()

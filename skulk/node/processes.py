@@ -1,0 +1,165 @@
+"""Runners as processes: what they are started with, and what their supervisor says when they end."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from skulk.cluster.reconcile import Wanted
+from skulk.models.catalogue import Catalogue
+from skulk.node.hosting import Prepared, ProcessReport, lost_process
+from skulk.node.measuring import MachineMeter
+from skulk.node.node import Measured
+from skulk.settings import Settings
+from skulk.supervision.child import ChildSpec, Ledger
+from skulk.supervision.restarts import GiveUp, RestartPolicy
+from skulk.supervision.supervisor import Crash, Supervised
+from skulk.wire.base import ErrorBody, encode
+from skulk.wire.runner import RunnerLoad, RunnerSpec
+
+DRAIN_S: Final = 30.0
+LOAD_TIMEOUT_S: Final = 1_800.0
+"""A runner is ready when its model is loaded; the largest ones come from slow disks."""
+ENVIRONMENT: Final = {"GOMP_SPINCOUNT": "1000", "GGML_NO_BACKTRACE": "1"}
+POLICY: Final = RestartPolicy(advice="See its log for the reason; then delete the instance and place it again.")
+
+
+class BusAddress(msgspec.Struct, frozen=True, kw_only=True):
+    """How a child reaches the bus; user and password are empty where it asks for none."""
+
+    url: str
+    user: str = ""
+    password: str = ""
+
+
+class LocalMachine:
+    """The machine beneath a node: weights on its disk, its memory, runner processes.
+
+    Args:
+        ledger: where running children are written down, so that the next start can end leftovers.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        node_id: str,
+        address: BusAddress,
+        catalogue: Catalogue,
+        meter: MachineMeter,
+        ledger: Ledger | None,
+    ) -> None:
+        self._settings = settings
+        self._node_id = node_id
+        self._address = address
+        self._catalogue = catalogue
+        self._meter = meter
+        self._ledger = ledger
+
+    async def prepare(self, wanted: Wanted) -> Prepared:
+        """Finds the model's file and verifies it against its card; both in a thread."""
+        return Prepared(path=await asyncio.to_thread(self._find, wanted.instance.model_id))
+
+    def _find(self, model_id: str) -> str:
+        entry = self._catalogue.find(model_id)
+        self._catalogue.verify(entry)
+        return str(self._catalogue.path_of(model_id))
+
+    async def facts(self) -> Measured:
+        """Tags and memory, measured now."""
+        return await self._meter.measure({})
+
+    def supervise(self, wanted: Wanted, prepared: Prepared, on_exit: Callable[[ProcessReport], None]) -> SupervisedRunner:
+        """A runner process that isn't running yet."""
+
+        def spec_of(restarts: int) -> RunnerSpec:
+            return self._spec(wanted, prepared, restarts)
+
+        log_path = Path(self._settings.home) / "logs" / f"runner-{wanted.assignment.runner_id}.log"
+        return SupervisedRunner(wanted, spec_of, log_path, on_exit, self._ledger)
+
+    def _spec(self, wanted: Wanted, prepared: Prepared, restarts: int) -> RunnerSpec:
+        settings, assignment = self._settings, wanted.assignment
+        return RunnerSpec(
+            runner_id=assignment.runner_id,
+            instance_id=wanted.instance.instance_id,
+            epoch=assignment.epoch,
+            node_id=self._node_id,
+            model_id=wanted.instance.model_id,
+            cluster=settings.cluster,
+            restarts=restarts,
+            reserved_bytes=assignment.memory.need_bytes,
+            nats_url=self._address.url,
+            user=self._address.user,
+            password=self._address.password,
+            load=RunnerLoad(
+                path=prepared.path,
+                backend=assignment.backend,
+                context_length=assignment.context_length,
+                n_parallel=assignment.n_parallel,
+                kv_cells=assignment.kv_cells,
+                n_batch=settings.batch,
+                n_ubatch=settings.ubatch,
+                n_threads=settings.threads,
+                gpu_layers=settings.gpu_layers,
+                flash_attention=settings.flash_attention,
+                kv_type=settings.kv_type,
+            ),
+            request_timeout_s=settings.request_timeout_s,
+            step_timeout_s=settings.step_timeout_s,
+            drain_timeout_s=DRAIN_S,
+            log_format=settings.log_format,
+            log_level=settings.log_level,
+        )
+
+
+class SupervisedRunner:
+    """One assignment's process, started again after crashes until its budget is used up."""
+
+    def __init__(
+        self,
+        wanted: Wanted,
+        spec_of: Callable[[int], RunnerSpec],
+        log_path: Path,
+        on_exit: Callable[[ProcessReport], None],
+        ledger: Ledger | None,
+    ) -> None:
+        self._name = f"runner {wanted.assignment.runner_id}"
+        self._spec_of = spec_of
+        self._log_path = log_path
+        self._report = on_exit
+        self._supervised = Supervised(self._name, self._child_spec, policy=POLICY, on_exit=self._exited, ledger=ledger)
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that serves now."""
+        return self._supervised.pid
+
+    async def run(self) -> None:
+        """Keeps it running; returns when it was stopped, or when it is not started any more."""
+        await self._supervised.run()
+
+    async def stop(self) -> None:
+        """Drains and ends it."""
+        await self._supervised.stop()
+
+    def _child_spec(self) -> ChildSpec:
+        return ChildSpec(
+            name=self._name,
+            argv=(sys.executable, "-m", "skulk", "_runner"),
+            env=ENVIRONMENT,
+            stdin=encode(self._spec_of(self._supervised.restarts)),
+            log_path=self._log_path,
+            ready_timeout_s=LOAD_TIMEOUT_S,
+            drain_s=DRAIN_S,
+        )
+
+    def _exited(self, crash: Crash) -> None:
+        final = crash.decision if isinstance(crash.decision, GiveUp) else None
+        detail = crash.detail if final is None else final.detail
+        error = lost_process(detail) if crash.code == "child_failed" else ErrorBody(code=crash.code, detail=detail)
+        self._report(ProcessReport(error=error, restarts=self._supervised.restarts, is_final=final is not None))

@@ -1,0 +1,290 @@
+"""Which node serves a model, with a report on every node: the same value for reply, preview, CLI and log.
+
+    place(view, request, now)
+     1. the request can't be met by any node ................ unplaceable, said in one sentence, nodes not looked at
+     2. each node, by id, through the filters; the first that holds is its report:
+          a. lost, suspect      silent for 3 s or more
+          b. incompatible       another major version of the bus contract
+          c. management         it runs no models
+          d. excluded           named in excluded_nodes, by id or name
+          e. not_selected       node_ids is given and doesn't name it
+          f. draining
+          g. facts_pending      it hasn't measured its memory yet
+          h. backend_mismatch   the card accepts none of its tags
+          i. weights_missing    the weights aren't on its disk
+          j. memory             not even the smallest context that may be admitted fits
+        else it can serve: context, cells and memory that it would get, and a score
+     3. some can serve ...................................... placed on the best score, ties by node id
+     4. no node is live, or one that passed f. still measures  pending: it may succeed in seconds
+     5. ..................................................... unplaceable: what came nearest, and what to do
+
+Score, compared in this order: ``backend`` (minus the rank in the card), ``weights`` (1: on its disk), ``room`` (share
+of the room left over, in tenths, so that noise doesn't decide), ``load`` (minus load a core, in tenths).
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import msgspec
+
+from skulk.cluster.view import ClusterView, NodeView, liveness_of
+from skulk.ids import runner_id
+from skulk.placement.backends import Ranked, rank_of
+from skulk.placement.memory import Fit, context_limit, fit_context, largest_context, least_need
+from skulk.placement.rooms import room
+from skulk.units import format_bytes
+from skulk.wire.placement import NodeReport, PlacementDecision, PlacementRequest
+from skulk.wire.state import Assignment
+
+PROTOCOL: Final = 1
+"""Major version of the bus contract; a contract test holds it equal to the registry's."""
+DEFAULT_PARALLEL: Final = 16
+MAX_PARALLEL: Final = 256
+"""``LLAMA_MAX_SEQ``: a llama.cpp context holds no more sequences."""
+NAMED_NODES: Final = 5
+"""The most nodes that a reason names one by one; the reports have them all."""
+
+_FILTERS: Final = (
+    "lost",
+    "suspect",
+    "incompatible",
+    "management",
+    "excluded",
+    "not_selected",
+    "draining",
+    "facts_pending",
+    "backend_mismatch",
+    "weights_missing",
+    "memory",
+)
+_REMEDIES: Final = {
+    "lost": "Bring a node back",
+    "suspect": "Bring a node back",
+    "incompatible": "Bring the nodes to one version",
+    "management": "Start a node that runs models (without --no-worker)",
+    "excluded": "Exclude fewer nodes",
+    "not_selected": "Select other nodes",
+    "draining": "End the drain with 'skulk drain NODE --undo'",
+    "facts_pending": "Try again in a few seconds",
+    "backend_mismatch": "Add a node with an accepted backend, or look at the warnings of 'skulk nodes'",
+    "weights_missing": "Put the model's files where SKULK_MODELS_PATH of a node looks",
+    "memory": "Free memory, ask for a smaller context_length or n_parallel, or take a smaller quantization",
+}
+
+
+class _Verdict(NamedTuple):
+    """A filter's name and its numbers."""
+
+    filter: str
+    detail: str
+
+
+def place(
+    view: ClusterView,
+    request: PlacementRequest,
+    now: float,
+    *,
+    default_parallel: int = DEFAULT_PARALLEL,
+) -> PlacementDecision:
+    """Decides; changes nothing. Equal input, equal output; the order of nodes in the view is irrelevant.
+
+    Args:
+        view: state and beats as the master has them.
+        request: what was asked for.
+        now: seconds on the clock of the view's ``heard_at``.
+        default_parallel: sequences side by side where the request doesn't say.
+
+    Cost: O(nodes x (instances + log context)).
+    """
+    # 1.
+    impossible = _impossible(request)
+    if impossible:
+        return PlacementDecision(outcome="unplaceable", reason=impossible, reports=_unjudged(view, impossible))
+    # 2.
+    n_parallel = default_parallel if request.n_parallel is None else request.n_parallel
+    reports = tuple(_report(view, request, node_id, n_parallel, now) for node_id in sorted(view.nodes))
+    fitting = [report for report in reports if report.filter is None]
+    # 3.
+    if fitting:
+        best = min(fitting, key=lambda report: ([-part for part in report.score.values()], report.node_id))
+        return PlacementDecision(
+            outcome="placed", nodes=(best.node_id,), reports=reports, reason=_placed_reason(request, best)
+        )
+    # 4.
+    waiting = _waiting_for(reports)
+    if waiting:
+        return PlacementDecision(outcome="pending", reports=reports, reason=waiting)
+    # 5.
+    return PlacementDecision(outcome="unplaceable", reports=reports, reason=_unplaceable_reason(request, reports))
+
+
+def assign(decision: PlacementDecision, instance_id: str, epoch: int) -> Assignment:
+    """The assignment that a decision stands for; ``epoch`` is one more than the instance's last."""
+    assert decision.outcome == "placed", f"nothing to assign: {decision.reason}"
+    report = decision.report_of(decision.nodes[0])
+    assert report is not None
+    assert report.backend is not None
+    assert report.memory is not None
+    return Assignment(
+        epoch=epoch,
+        node_id=report.node_id,
+        runner_id=runner_id(instance_id, epoch),
+        backend=report.backend,
+        context_length=report.context_length,
+        n_parallel=report.n_parallel,
+        kv_cells=report.kv_cells,
+        memory=report.memory,
+    )
+
+
+def _impossible(request: PlacementRequest) -> str:
+    """Step 1: why no node of any cluster could meet this; empty where one could."""
+    card = request.card
+    if request.min_nodes > 1:
+        engine = "llama.cpp" if card.format == "gguf" else "this version"
+        return f"{card.model_id} can't be spread over {request.min_nodes} nodes: {engine} serves it on one; send 1."
+    if request.min_nodes < 1:
+        return f"min_nodes is {request.min_nodes}; send 1."
+    if request.n_parallel is not None and not 1 <= request.n_parallel <= MAX_PARALLEL:
+        return f"n_parallel is {request.n_parallel}; it must lie between 1 and {MAX_PARALLEL}."
+    asked, limit = request.context_length, context_limit(card)
+    if asked is not None and not 1 <= asked <= limit:
+        return f"context_length is {asked:,}; {card.model_id} takes 1 to {limit:,} tokens."
+    if not card.backends:
+        return f"The card of {card.model_id} accepts no backend; name at least one in its 'backends'."
+    return ""
+
+
+def _unjudged(view: ClusterView, reason: str) -> tuple[NodeReport, ...]:
+    """Reports where the request itself is refused: every node has one all the same."""
+    return tuple(
+        NodeReport(node_id=node_id, name=view.nodes[node_id].beat.name, filter="request", detail=reason)
+        for node_id in sorted(view.nodes)
+    )
+
+
+def _report(view: ClusterView, request: PlacementRequest, node_id: str, n_parallel: int, now: float) -> NodeReport:
+    """Step 2 for one node."""
+    node = view.nodes[node_id]
+    verdict = _absent(view, node, now) or _unwanted(view, request, node) or _unready(node)  # a. to g.
+    ranked = rank_of(request.card.backends, node.beat.tags)
+    backend = None if ranked is None else ranked.backend
+    if verdict is None and ranked is None:  # h.
+        offered = ", ".join(tag for tag in node.beat.tags if "-" in tag) or "nothing"
+        verdict = _Verdict("backend_mismatch", f"needs {' or '.join(request.card.backends)}, offers {offered}")
+    if verdict is None and all(held.model_id != request.card.model_id for held in node.beat.models):  # i.
+        verdict = _Verdict("weights_missing", f"has no files of {request.card.model_id}")
+    if verdict is not None:
+        return NodeReport(
+            node_id=node_id, name=node.beat.name, filter=verdict.filter, detail=verdict.detail, backend=backend
+        )
+    assert ranked is not None
+    return _sized(request, node, ranked, n_parallel, room(view, node_id))  # j.
+
+
+def _absent(view: ClusterView, node: NodeView, now: float) -> _Verdict | None:
+    liveness = liveness_of(view, node.beat.node_id, now)
+    if liveness != "live":  # a.
+        return _Verdict(liveness, f"silent for {now - node.heard_at:.1f} s")
+    if node.beat.protocol != PROTOCOL:  # b.
+        return _Verdict("incompatible", f"speaks version {node.beat.protocol} of the bus contract, not {PROTOCOL}")
+    if node.beat.role == "management":  # c.
+        return _Verdict("management", "runs no models")
+    return None
+
+
+def _unwanted(view: ClusterView, request: PlacementRequest, node: NodeView) -> _Verdict | None:
+    names = {node.beat.node_id, node.beat.name}
+    if names & set(request.excluded_nodes):  # d.
+        return _Verdict("excluded", "named in excluded_nodes")
+    if request.node_ids and not names & set(request.node_ids):  # e.
+        return _Verdict("not_selected", f"node_ids names only {', '.join(request.node_ids)}")
+    drain = view.state.drains.get(node.beat.node_id)
+    if drain is not None:  # f.
+        return _Verdict("draining", drain.reason or "takes no new work")
+    return None
+
+
+def _unready(node: NodeView) -> _Verdict | None:
+    if node.beat.memory.total_bytes <= 0:  # g.
+        return _Verdict("facts_pending", "hasn't measured its memory yet")
+    return None
+
+
+def _sized(request: PlacementRequest, node: NodeView, ranked: Ranked, n_parallel: int, have: int) -> NodeReport:
+    """Filter j., and the score of what passes it."""
+    card, asked = request.card, request.context_length
+    report = NodeReport(node_id=node.beat.node_id, name=node.beat.name, backend=ranked.backend, available_bytes=have)
+    fit = fit_context(card, room_bytes=have, asked=asked, n_parallel=n_parallel, backend=ranked.backend)
+    if fit is None or (asked is not None and fit.context_length < largest_context(card, asked)):
+        need = least_need(card, asked, n_parallel, ranked.backend)
+        return msgspec.structs.replace(
+            report,
+            filter="memory",
+            detail=f"memory need {format_bytes(need.need_bytes)} have {format_bytes(have)}{_offer(fit)}",
+            memory=need,
+        )
+    return msgspec.structs.replace(
+        report,
+        context_length=fit.context_length,
+        n_parallel=fit.n_parallel,
+        kv_cells=fit.kv_cells,
+        memory=fit.memory,
+        score=_score(node, ranked.rank, fit, have),
+    )
+
+
+def _offer(fit: Fit | None) -> str:
+    return "" if fit is None else f"; a context_length of {fit.context_length:,} would fit"
+
+
+def _score(node: NodeView, rank: int, fit: Fit, have: int) -> dict[str, float]:
+    left = (have - fit.memory.need_bytes) / have
+    load = node.beat.load / max(1, node.beat.system.physical_cores)
+    return {
+        "backend": float(-rank),
+        "weights": 1.0,
+        "room": round(left, 1),
+        "load": 0.0 - round(load, 1),
+    }
+
+
+def _placed_reason(request: PlacementRequest, best: NodeReport) -> str:
+    assert best.memory is not None
+    limit = largest_context(request.card, request.context_length)
+    shorter = f" (of {limit:,}: more doesn't fit)" if best.context_length < limit else ""
+    return (
+        f"{request.card.model_id} goes to {best.name or best.node_id} on {best.backend}: "
+        f"memory need {format_bytes(best.memory.need_bytes)} have {format_bytes(best.available_bytes)}, "
+        f"context {best.context_length:,} tokens{shorter}, {best.n_parallel} side by side in {best.kv_cells:,} cells."
+    )
+
+
+def _waiting_for(reports: tuple[NodeReport, ...]) -> str:
+    """Step 4: what the caller may wait for; empty where waiting won't help."""
+    if all(report.filter in ("lost", "suspect") for report in reports):
+        return "No node has been heard yet: the facts are still arriving, try again in a few seconds."
+    pending = [report.name or report.node_id for report in reports if report.filter == "facts_pending"]
+    if pending:
+        return f"{', '.join(pending[:NAMED_NODES])}: still measuring memory, try again in a few seconds."
+    return ""
+
+
+def _unplaceable_reason(request: PlacementRequest, reports: tuple[NodeReport, ...]) -> str:
+    """Step 5: the nodes that came furthest through the filters, and what would help there."""
+    furthest = max(reports, key=_depth).filter
+    assert furthest is not None
+    near = [report for report in reports if report.filter == furthest]
+    named = "; ".join(f"{report.name or report.node_id}: {report.detail}" for report in near[:NAMED_NODES])
+    more = f"; and {len(near) - NAMED_NODES} more" if len(near) > NAMED_NODES else ""
+    others = len(reports) - len(near)
+    rest = f" (ruled out before that: {others})" if others else ""
+    nodes = "the only node" if len(reports) == 1 else f"none of {len(reports)} nodes"
+    verb = "doesn't fit on" if len(reports) == 1 else "fits on"
+    return f"{request.card.model_id} {verb} {nodes}: {named}{more}{rest}. {_REMEDIES[furthest]}."
+
+
+def _depth(report: NodeReport) -> int:
+    assert report.filter is not None
+    return _FILTERS.index(report.filter)

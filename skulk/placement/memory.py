@@ -1,0 +1,193 @@
+"""How much memory an instance takes, and the largest context that fits a room. Bytes and tokens throughout.
+
+    need = max(256 MiB, factor x weights) + KV + recurrent state + compute buffer + output buffer
+           factor 1.10 for GGUF, 1.30 for MLX; what factor and floor add to the weights is the headroom
+
+    KV              kv_cells x kv_bytes_per_token, a stream's cells in multiples of 256
+    compute buffer  512 rows x (16 activations of the embedding's length x 4 + mask of 2 a cell of one stream)
+    output buffer   n_parallel rows of logits, 4 bytes each
+
+Compute and output buffers hold for flash attention and ``n_outputs_max = n_parallel``: llama.cpp then asks for 13.5
+MiB and 1 KiB a cell for an embedding length of 576 with a feed-forward of 2.7 times that (12 activations); 16 leave
+room for wider ones.
+
+Cells. ``context_length`` is the window of one request; ``kv_cells`` lies between it and ``n_parallel`` times it. Full
+streams (``n_parallel x context_length`` cells, one stream a sequence) decode fastest, but most of their cells stay
+empty; so they are taken only while all KV stays within a quarter of the room; otherwise one unified cache takes that
+quarter, or one context if that is more.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from skulk.units import MIB
+from skulk.wire.model import ModelCard
+from skulk.wire.placement import MemoryEstimate
+
+CELL_STEP: Final = 256
+"""llama.cpp pads each stream's cells to multiples of this (``GGML_PAD(n_ctx, 256)``)."""
+MIN_CONTEXT: Final = 2048
+"""The smallest context admitted when none was asked for; less is of little use to a chat."""
+MIN_NEED: Final = 256 * MIB
+ROWS: Final = 512
+"""``n_ubatch``: rows of one native step."""
+ACTIVATIONS: Final = 16
+KV_SHARE: Final = 4
+"""KV beyond one context may take up to the room divided by this."""
+_FACTOR_PERCENT: Final = {"gguf": 110, "mlx": 130}
+
+
+class Fit(msgspec.Struct, frozen=True, kw_only=True):
+    """What is admitted: the window of one request, how many run side by side, the cells they share, and the memory."""
+
+    context_length: int
+    n_parallel: int
+    kv_cells: int
+    memory: MemoryEstimate
+
+
+def round_down(tokens: int) -> int:
+    """To a multiple of 256 cells."""
+    return tokens // CELL_STEP * CELL_STEP
+
+
+def round_up(tokens: int) -> int:
+    """To a multiple of 256 cells."""
+    return -(-tokens // CELL_STEP) * CELL_STEP
+
+
+def context_limit(card: ModelCard) -> int:
+    """The largest context that a card allows: what the model was trained for, or less where the card says so."""
+    if card.max_context_tokens is None:
+        return card.context_length
+    return min(card.context_length, card.max_context_tokens)
+
+
+def smallest_context(card: ModelCard, asked: int | None) -> int:
+    """The least that may be admitted: what was asked for; without a wish `MIN_CONTEXT`, or all of a shorter model."""
+    limit = context_limit(card)
+    return _admissible(min(asked, limit) if asked is not None else min(MIN_CONTEXT, limit))
+
+
+def largest_context(card: ModelCard, asked: int | None) -> int:
+    """The most that may be admitted: what was asked for, within the card's limit."""
+    limit = context_limit(card)
+    return _admissible(limit if asked is None else min(asked, limit))
+
+
+def _admissible(tokens: int) -> int:
+    """A window that fills its cells; one below 256 keeps its length and wastes the rest of its cells."""
+    return round_down(tokens) or tokens
+
+
+def stream_cells(context_length: int, n_parallel: int, kv_cells: int) -> int:
+    """The cells that one step's attention mask spans: one stream's, or all of a unified cache."""
+    return round_up(context_length) if is_streamed(context_length, n_parallel, kv_cells) else kv_cells
+
+
+def is_streamed(context_length: int, n_parallel: int, kv_cells: int) -> bool:
+    """Whether every sequence gets a stream of its own; else all share one unified cache."""
+    return kv_cells >= n_parallel * round_up(context_length)
+
+
+def estimate(
+    card: ModelCard,
+    context_length: int,
+    n_parallel: int,
+    kv_cells: int,
+    backend: str,
+) -> MemoryEstimate:
+    """What an instance takes.
+
+    Args:
+        card: the model.
+        context_length: window of one request, tokens.
+        n_parallel: sequences served side by side.
+        kv_cells: cells of all sequences together; rounded up to multiples of 256.
+        backend: resolved tag; an MLX engine needs MLX's headroom whatever the card calls its format.
+    """
+    assert context_length > 0
+    assert n_parallel > 0
+    assert kv_cells >= context_length, f"{kv_cells} cells can't hold a context of {context_length}"
+    factor = _FACTOR_PERCENT["mlx" if backend.startswith("mlx") else card.format]
+    headed = max(MIN_NEED, card.weights_bytes * factor // 100)
+    kv = round_up(kv_cells) * card.kv_bytes_per_token + n_parallel * card.recurrent_bytes
+    mask = 2 * stream_cells(context_length, n_parallel, round_up(kv_cells))
+    compute = ROWS * (ACTIVATIONS * card.embedding_length * 4 + mask)
+    outputs = n_parallel * card.vocabulary_size * 4
+    return MemoryEstimate(
+        weights_bytes=card.weights_bytes,
+        kv_bytes=kv,
+        compute_bytes=compute + outputs,
+        headroom_bytes=headed - card.weights_bytes,
+        need_bytes=headed + kv + compute + outputs,
+    )
+
+
+def fit_context(
+    card: ModelCard,
+    *,
+    room_bytes: int,
+    asked: int | None,
+    n_parallel: int,
+    backend: str,
+) -> Fit | None:
+    """The largest context that fits a room, and the cells beside it. None: not even the smallest one fits.
+
+    Args:
+        card: the model.
+        room_bytes: what the node has left.
+        asked: the request's context; it is never exceeded, and a smaller one may come out (multiples of 256).
+        n_parallel: sequences served side by side.
+        backend: resolved tag.
+
+    Cost: O(log context).
+    """
+    most = largest_context(card, asked)
+    least = min(smallest_context(card, None), most)
+    if _one_context(card, least, n_parallel, backend).need_bytes > room_bytes:
+        return None
+    low, high = max(least // CELL_STEP, 1), max(most // CELL_STEP, 1)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _one_context(card, middle * CELL_STEP, n_parallel, backend).need_bytes <= room_bytes:
+            low = middle
+        else:
+            high = middle - 1
+    context = min(low * CELL_STEP, most)
+    cells = _cells(card, context, n_parallel, backend, room_bytes)
+    memory = estimate(card, context, n_parallel, cells, backend)
+    assert memory.need_bytes <= room_bytes
+    return Fit(context_length=context, n_parallel=n_parallel, kv_cells=cells, memory=memory)
+
+
+def least_need(card: ModelCard, asked: int | None, n_parallel: int, backend: str) -> MemoryEstimate:
+    """What the smallest admissible context takes: the figure that a refusal names."""
+    return _one_context(card, smallest_context(card, asked), n_parallel, backend)
+
+
+def _one_context(card: ModelCard, context: int, n_parallel: int, backend: str) -> MemoryEstimate:
+    return estimate(card, context, n_parallel, round_up(context), backend)
+
+
+def _cells(card: ModelCard, context: int, n_parallel: int, backend: str, room_bytes: int) -> int:
+    """The module's rule for cells, within the room."""
+    single, full = round_up(context), n_parallel * round_up(context)
+
+    def fits(cells: int) -> bool:
+        memory = estimate(card, context, n_parallel, cells, backend)
+        return memory.need_bytes <= room_bytes and memory.kv_bytes <= room_bytes // KV_SHARE
+
+    if fits(full):
+        return full
+    low, high = single // CELL_STEP, full // CELL_STEP - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle * CELL_STEP):
+            low = middle
+        else:
+            high = middle - 1
+    return max(low * CELL_STEP, single)

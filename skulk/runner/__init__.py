@@ -1,0 +1,1 @@
+"""The runner role: one process per instance, which serves generation requests from one loaded model."""

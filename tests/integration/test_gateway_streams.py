@@ -1,0 +1,353 @@
+"""Chat over real sockets: the bytes of a stream, its ends, and what cancels it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+import pytest
+
+from skulk.bus.streams import StreamWriter
+from skulk.errors import RequestError, UnavailableError
+from skulk.gateway.keys import DISPATCHER, METRICS
+from skulk.wire.base import ErrorBody
+from skulk.wire.generation import ChatMessage, ChatPrompt, StreamEnd, TextPrompt
+from tests.support.http import END, MODEL, WAIT_S, FakeRunner, Gateway, chat_body, events_of, hold, running_gateway
+
+
+@pytest.fixture
+async def gateway(tmp_path: Path) -> AsyncIterator[Gateway]:
+    async with running_gateway(tmp_path) as running:
+        yield running
+
+
+def golden(request_id: str, created: int) -> str:
+    head = f'"id":"chatcmpl-{request_id}","object":"chat.completion.chunk","created":{created},"model":"{MODEL}"'
+    return (
+        f": command_id {request_id}\n\n"
+        f'data: {{{head},"choices":[{{"index":0,"delta":{{"role":"assistant","content":""}},"logprobs":null,"finish_reason":null}}],"usage":null}}\n\n'
+        f'data: {{{head},"choices":[{{"index":0,"delta":{{"content":"Hello"}},"logprobs":null,"finish_reason":null}}],"usage":null}}\n\n'
+        f'data: {{{head},"choices":[{{"index":0,"delta":{{"content":" world"}},"logprobs":null,"finish_reason":null}}],"usage":null}}\n\n'
+        f'data: {{{head},"choices":[{{"index":0,"delta":{{}},"logprobs":null,"finish_reason":"stop"}}],"usage":null}}\n\n'
+        f'data: {{{head},"choices":[],"usage":{{"prompt_tokens":5,"completion_tokens":2,"total_tokens":7,"prompt_tokens_details":{{"cached_tokens":1}}}}}}\n\n'
+        ': generation_stats {"prompt_tps":8.0,"generation_tps":8.0,"prompt_tokens":5,"generation_tokens":2,'
+        '"peak_memory_usage":{"inBytes":0},"serving_batches":1,"in_flight_at_admission":0}\n\n'
+        "data: [DONE]\n\n"
+    )
+
+
+async def test_a_stream_to_the_letter(gateway: Gateway) -> None:
+    runner = await gateway.serve_model()
+    answer = await gateway.chat(stream=True, stream_options={"include_usage": True})
+    assert answer.status == 200
+    assert answer.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+    request_id = runner.asked[0].request_id
+    created = events_of(answer.body)[1]["created"]
+    assert answer.body.decode() == golden(request_id, created)
+
+
+async def test_without_the_option_no_event_has_usage(gateway: Gateway) -> None:
+    await gateway.serve_model()
+    events = events_of((await gateway.chat(stream=True)).body)
+    assert not [event for event in events if isinstance(event, dict) and "usage" in event]
+    assert events[-1] == "[DONE]"
+
+
+async def test_a_whole_answer(gateway: Gateway) -> None:
+    runner = await gateway.serve_model()
+    answer = await gateway.chat(user="me", temperature=0, max_tokens=7, stop="\n", seed=3)
+    assert answer.status == 200
+    assert answer.headers["X-Skulk-Inert"] == "user"
+    body = answer.json
+    created = body.pop("created")
+    assert body == {
+        "id": f"chatcmpl-{runner.asked[0].request_id}",
+        "object": "chat.completion",
+        "model": MODEL,
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "Hello world", "refusal": None},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": {
+            "prompt_tokens": 5,
+            "completion_tokens": 2,
+            "total_tokens": 7,
+            "prompt_tokens_details": {"cached_tokens": 1},
+        },
+    }
+    assert created > 1_700_000_000
+    asked = runner.asked[0]
+    assert asked.prompt == ChatPrompt(messages=(ChatMessage(role="user", content="Name three rivers."),))
+    assert (asked.sampling.temperature, asked.sampling.seed) == (0, 3)
+    assert (asked.limits.max_tokens, asked.limits.stop) == (7, ("\n",))
+    assert asked.timeout_s is not None
+    assert 0 < asked.timeout_s <= 30
+
+
+async def test_choices_begin_and_end_once_each(gateway: Gateway) -> None:
+    await gateway.serve_model()
+    events = [event for event in events_of((await gateway.chat(stream=True, n=3)).body) if isinstance(event, dict)]
+    choices = [event["choices"][0] for event in events]
+    for index in range(3):
+        own = [choice for choice in choices if choice["index"] == index]
+        assert [bool(choice["delta"].get("role")) for choice in own] == [True, False, False, False]
+        assert [choice["finish_reason"] for choice in own] == [None, None, None, "stop"]
+        assert "".join(choice["delta"].get("content", "") for choice in own) == "Hello world"
+    whole = (await gateway.chat(n=3)).json
+    assert [choice["message"]["content"] for choice in whole["choices"]] == ["Hello world"] * 3
+
+
+async def test_a_choice_that_never_spoke_still_ends(gateway: Gateway) -> None:
+    runner = await gateway.serve_model()
+
+    async def silent(_runner: FakeRunner, writer: StreamWriter) -> None:
+        writer.end(StreamEnd(reason="length", usage=END.usage))
+
+    runner.script = silent
+    events = [event for event in events_of((await gateway.chat(stream=True)).body) if isinstance(event, dict)]
+    assert [event["choices"][0]["finish_reason"] for event in events] == [None, "length"]
+    assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+
+
+async def test_text_completions(gateway: Gateway) -> None:
+    runner = await gateway.serve_model()
+    whole = (await gateway.call("POST", "/v1/completions", {"model": MODEL, "prompt": "Once"})).json
+    assert whole["object"] == "text_completion"
+    assert whole["choices"] == [{"index": 0, "text": "Hello world", "logprobs": None, "finish_reason": "stop"}]
+    assert whole["usage"]["total_tokens"] == 7
+    assert runner.asked[0].prompt == TextPrompt(text="Once")
+    assert runner.asked[0].limits.max_tokens == 16
+    body = {"model": MODEL, "prompt": ["Once"], "stream": True, "stream_options": {"include_usage": True}}
+    events = events_of((await gateway.call("POST", "/v1/completions", body)).body)
+    texts = [event["choices"][0]["text"] for event in events if isinstance(event, dict) and event["choices"]]
+    assert texts == ["Hello", " world"]
+    assert events[-3]["usage"]["completion_tokens"] == 2
+    assert events[-1] == "[DONE]"
+
+
+async def test_the_bench_call_tells_its_statistics(gateway: Gateway) -> None:
+    await gateway.serve_model()
+    body = (await gateway.call("POST", "/bench/chat/completions", chat_body(stream=False))).json
+    assert body["generation_stats"]["generation_tps"] == 8.0
+    refused = await gateway.call("POST", "/bench/chat/completions", chat_body(stream=True))
+    assert (refused.status, refused.error["param"]) == (400, "stream")
+
+
+async def test_a_refusal_has_its_true_status_also_for_a_stream(gateway: Gateway) -> None:
+    runner = await gateway.serve_model()
+    runner.refusal = RequestError("context_length_exceeded", "5 + 90 tokens are over 64", param="max_tokens")
+    for stream in (True, False):
+        answer = await gateway.chat(stream=stream, max_tokens=90)
+        assert answer.status == 400
+        assert answer.error == {
+            "message": "5 + 90 tokens are over 64",
+            "type": "invalid_request_error",
+            "param": "max_tokens",
+            "code": "context_length_exceeded",
+        }
+    assert not runner.cancels
+
+
+async def test_a_full_runner_is_429_with_retry_after_and_another_one_is_asked_first(gateway: Gateway) -> None:
+    runner = await gateway.serve_model()
+    runner.refusal = UnavailableError("overloaded", "64 requests wait", retry_after_s=3)
+    answer = await gateway.chat(stream=True)
+    assert (answer.status, answer.headers["Retry-After"]) == (429, "3")
+    assert answer.error["type"] == "rate_limit_error"
+    other = await gateway.serve_model("i2")
+    assert (await gateway.chat()).status == 200
+    assert [ask.attempt for ask in other.asked] == [2]
+    assert runner.asked[-1].request_id == other.asked[0].request_id
+
+
+async def test_keep_alives_come_while_nothing_else_does(tmp_path: Path) -> None:
+    async with running_gateway(tmp_path, keep_alive_s=0.05) as gateway:
+        runner = await gateway.serve_model()
+        go_on = asyncio.Event()
+
+        async def slow(_runner: FakeRunner, writer: StreamWriter) -> None:
+            await go_on.wait()
+            writer.send(0, "late", (1,), finish_reason="stop")
+            writer.end(END)
+
+        runner.script = slow
+        async with gateway.open_chat() as response, asyncio.timeout(WAIT_S):
+            assert await response.content.readuntil(b"\n\n") == f": command_id {runner.asked[0].request_id}\n\n".encode()
+            for _ in range(3):
+                assert await response.content.readuntil(b"\n\n") == b": keep-alive\n\n"
+            go_on.set()
+            rest = events_of(await response.read())
+        spoken = [event for event in rest if isinstance(event, dict)]
+        assert [event["choices"][0]["delta"].get("content") for event in spoken] == ["", "late", None]
+
+
+async def test_an_error_in_the_stream_is_an_event_and_no_done(gateway: Gateway) -> None:
+    runner = await gateway.serve_model()
+
+    async def fail(_runner: FakeRunner, writer: StreamWriter) -> None:
+        writer.send(0, "Hello", (1,))
+        writer.end(StreamEnd(reason="error", error=ErrorBody(code="runner_failed", detail="out of memory")))
+
+    runner.script = fail
+    events = events_of((await gateway.chat(stream=True)).body)
+    assert events[-1] == {
+        "error": {"message": "out of memory", "type": "server_error", "param": None, "code": "runner_failed"}
+    }
+    assert "[DONE]" not in events
+    assert events[-2]["choices"][0]["delta"] == {"content": "Hello"}
+    assert gateway.app[METRICS].stream_errors["runner_failed"] == 1
+    whole = await gateway.chat()
+    assert (whole.status, whole.error["code"]) == (502, "runner_failed")
+
+
+async def test_a_runner_that_dies_ends_its_streams_with_an_error_object(gateway: Gateway) -> None:
+    runner = await gateway.serve_model()
+    runner.script = hold
+    async with gateway.open_chat() as response, asyncio.timeout(WAIT_S):
+        await _first_text(response)
+        whole = asyncio.create_task(gateway.chat())
+        await _asked(runner, 2)
+        await gateway.cluster.kill("i1")
+        events = events_of(await response.read())
+        assert events[-1]["error"]["code"] == "runner_failed"
+        assert "killed by signal 9" in events[-1]["error"]["message"]
+        refused = await whole
+    assert (refused.status, refused.error["code"]) == (502, "runner_failed")
+
+
+async def test_a_runner_that_came_back_before_anybody_looked_lost_its_streams_too(gateway: Gateway) -> None:
+    runner = await gateway.serve_model()
+    runner.script = hold
+    async with gateway.open_chat() as response, asyncio.timeout(WAIT_S):
+        await _first_text(response)
+        await gateway.cluster.set_phase("i1", "ready", restarts=1)
+        assert events_of(await response.read())[-1]["error"]["code"] == "runner_failed"
+
+
+async def test_a_silent_runner_ends_its_streams_too(gateway: Gateway) -> None:
+    runner = await gateway.serve_model()
+    runner.script = hold
+    async with gateway.open_chat() as response, asyncio.timeout(WAIT_S):
+        await _first_text(response)
+        await runner.die()
+        assert events_of(await response.read())[-1]["error"]["code"] == "stream_lost"
+
+
+async def test_a_runner_that_dies_while_it_is_asked(gateway: Gateway) -> None:
+    runner = await gateway.serve_model()
+    runner.held_back = asyncio.Event()
+    answer = asyncio.create_task(gateway.chat())
+    await _asked(runner, 1)
+    await gateway.cluster.kill("i1")
+    refused = await answer
+    assert (refused.status, refused.error["code"]) == (502, "runner_failed")
+    assert "killed by signal 9" in refused.error["message"]
+
+
+async def test_a_client_that_goes_away_cancels(gateway: Gateway) -> None:
+    runner = await gateway.serve_model()
+    runner.script = hold
+    async with gateway.open_chat() as response:
+        await _first_text(response)
+        response.close()
+    async with asyncio.timeout(WAIT_S):
+        await runner.cancelled.wait()
+        await gateway.app[DISPATCHER].wait_idle()
+    assert runner.cancels == [runner.asked[0].request_id]
+
+
+async def test_a_client_that_goes_away_before_the_answer_cancels(gateway: Gateway) -> None:
+    runner = await gateway.serve_model()
+    runner.held_back = asyncio.Event()
+    waiting = asyncio.create_task(gateway.chat())
+    await _asked(runner, 1)
+    waiting.cancel()
+    async with asyncio.timeout(WAIT_S):
+        await runner.cancelled.wait()
+        await gateway.app[DISPATCHER].wait_idle()
+
+
+async def test_cancel_by_id(gateway: Gateway) -> None:
+    runner = await gateway.serve_model()
+    runner.script = hold
+    async with gateway.open_chat() as response, asyncio.timeout(WAIT_S):
+        command_id = await _first_text(response)
+        answer = await gateway.call("POST", f"/v1/cancel/{command_id}")
+        assert (answer.status, answer.json["command_id"]) == (200, command_id)
+        events = events_of(await response.read())
+    assert events[-1] == "[DONE]"
+    assert [event["choices"][0]["finish_reason"] for event in events if isinstance(event, dict)][-1] == "stop"
+    unknown = await gateway.call("POST", "/v1/cancel/nothing")
+    assert (unknown.status, unknown.error["code"]) == (404, "command_not_found")
+
+
+async def test_cancel_of_another_gateways_generation(gateway: Gateway, tmp_path: Path) -> None:
+    runner = await gateway.serve_model()
+    runner.asked.append(msgspec.convert({"request_id": "elsewhere"}, _Named))  # type: ignore[arg-type]
+    answer = await gateway.call("POST", "/v1/cancel/elsewhere")
+    assert answer.status == 200
+    assert runner.cancels == ["elsewhere"]
+
+
+async def test_the_requests_own_deadline(gateway: Gateway) -> None:
+    runner = await gateway.serve_model()
+    runner.script = hold
+    body = msgspec.json.encode(chat_body())
+    async with gateway.client.post(
+        "/v1/chat/completions", data=body, headers={"X-Request-Timeout": "0.2"}
+    ) as response:
+        assert response.status == 504
+        assert (await response.json())["error"]["code"] == "deadline_exceeded"
+    async with asyncio.timeout(WAIT_S):
+        await runner.cancelled.wait()
+    wrong = await gateway.call("POST", "/v1/chat/completions", chat_body(), headers={"X-Request-Timeout": "nan"})
+    assert (wrong.status, wrong.error["param"]) == (400, "X-Request-Timeout")
+
+
+async def test_chunks_that_are_ready_together_are_one_write(gateway: Gateway, monkeypatch: Any) -> None:
+    writes: list[bytes] = []
+    write = aiohttp.web.StreamResponse.write
+
+    async def counted(self: Any, body: Any) -> None:
+        writes.append(bytes(body))
+        await write(self, body)
+
+    monkeypatch.setattr(aiohttp.web.StreamResponse, "write", counted)
+    runner = await gateway.serve_model()
+
+    async def burst(_runner: FakeRunner, writer: StreamWriter) -> None:
+        for number in range(50):
+            writer.send(0, f"{number} ", (number,))
+        writer.end(END)
+
+    runner.script = burst
+    events = events_of((await gateway.chat(stream=True)).body)
+    assert sum("content" in event["choices"][0]["delta"] for event in events if isinstance(event, dict)) == 51
+    assert len(writes) <= 4, "command id, the burst (in at most two parts), the tail"
+
+
+class _Named(msgspec.Struct):
+    request_id: str
+
+
+async def _first_text(response: aiohttp.ClientResponse) -> str:
+    """Reads up to the first text of a stream; returns its command id."""
+    command = await response.content.readuntil(b"\n\n")
+    await response.content.readuntil(b'"Hello"')
+    await response.content.readuntil(b"\n\n")
+    return command.decode().removeprefix(": command_id ").strip()
+
+
+async def _asked(runner: FakeRunner, count: int) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while len(runner.asked) < count:
+            runner.asked_once.clear()
+            await runner.asked_once.wait()

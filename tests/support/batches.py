@@ -1,0 +1,126 @@
+"""Batches played without an engine: a vocabulary of bytes, and a loop that draws what a test says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from skulk.batching.admission import BatchShape
+from skulk.batching.apply import apply
+from skulk.batching.plan import StepBudget, plan_step
+from skulk.batching.requests import BatchRequest, Emitted, Ended, Output, RequestKey
+from skulk.batching.slots import BatchState, start_waiting
+from skulk.batching.step import StepPlan, StepResult, StepRow
+
+END_TOKEN = 256
+
+Draw = Callable[[BatchState, StepRow], int]
+
+
+class ByteVocabulary:
+    """Token b is the byte b; 256 is the end token."""
+
+    def piece(self, token: int) -> bytes:
+        return b"" if token == END_TOKEN else bytes([token])
+
+    def is_end(self, token: int) -> bool:
+        return token == END_TOKEN
+
+
+VOCABULARY = ByteVocabulary()
+
+
+def shape_of(
+    *,
+    n_ctx: int = 1024,
+    n_parallel: int = 4,
+    kv_cells: int | None = None,
+    n_batch: int = 512,
+    n_ubatch: int = 128,
+    max_waiting: int = 8,
+) -> BatchShape:
+    return BatchShape(
+        n_ctx=n_ctx,
+        kv_cells=kv_cells or n_ctx * n_parallel,
+        n_parallel=n_parallel,
+        n_batch=n_batch,
+        n_ubatch=n_ubatch,
+        max_waiting=max_waiting,
+        vocabulary_size=END_TOKEN + 1,
+    )
+
+
+def request_of(
+    name: str = "a",
+    *,
+    prompt: int | bytes = 3,
+    max_tokens: int = 4,
+    stop: tuple[str, ...] = (),
+    n: int = 1,
+    arrived_at: float = 0.0,
+    deadline: float = 1e9,
+    ignore_eos: bool = False,
+    emitted: bytes = b"",
+    sent_characters: int = 0,
+) -> BatchRequest:
+    return BatchRequest(
+        key=RequestKey(name, 1),
+        prompt=tuple(prompt) if isinstance(prompt, bytes) else tuple(range(prompt)),
+        max_tokens=max_tokens,
+        stop=stop,
+        n=n,
+        arrived_at=arrived_at,
+        deadline=deadline,
+        ignore_eos=ignore_eos,
+        emitted=tuple(emitted),
+        sent_characters=sent_characters,
+    )
+
+
+def saying(text: str | bytes, *, end: bool = True) -> Draw:
+    """Every sequence answers ``text``, then the end token (or the last byte for ever)."""
+    tokens = [*(text.encode() if isinstance(text, str) else text), *([END_TOKEN] if end else [])]
+
+    def draw(state: BatchState, row: StepRow) -> int:
+        sequence = next(seq for seq in state.running if seq.slot == row.slot)
+        return tokens[min(len(sequence.drawn), len(tokens) - 1)]
+
+    return draw
+
+
+def play_step(
+    state: BatchState, draw: Draw, budget: StepBudget, now: float
+) -> tuple[BatchState, StepPlan | None, tuple[Output, ...]]:
+    """Starts what fits, plans, draws, applies."""
+    started = start_waiting(state, now)
+    plan = plan_step(started.state, budget)
+    if plan is None:
+        return started.state, None, started.outputs
+    sampled = {row.slot: draw(started.state, row) for row in plan.rows if row.sample}
+    changed = apply(started.state, plan, StepResult(sampled=sampled, elapsed_s=0.01), VOCABULARY, now)
+    return changed.state, plan, (*started.outputs, *changed.outputs)
+
+
+def play(state: BatchState, draw: Draw, *, prefill_tokens: int = 64, most: int = 10_000) -> list[Output]:
+    """Steps until nothing is open; each step takes one second. All outputs in order."""
+    outputs: list[Output] = []
+    budget = StepBudget(tokens=state.shape.n_batch, prefill_tokens=prefill_tokens)
+    for second in range(1, most):
+        state, _, told = play_step(state, draw, budget, float(second))
+        outputs.extend(told)
+        if state.is_idle:
+            return outputs
+    raise AssertionError(f"still open after {most} steps: {state}")
+
+
+def text_of(outputs: list[Output], name: str = "a", choice: int = 0) -> str:
+    return "".join(
+        one.text for one in outputs if isinstance(one, Emitted) and one.key.request_id == name and one.choice == choice
+    )
+
+
+def ends_of(outputs: list[Output]) -> dict[str, list[Ended]]:
+    ends: dict[str, list[Ended]] = {}
+    for one in outputs:
+        if isinstance(one, Ended):
+            ends.setdefault(one.key.request_id, []).append(one)
+    return ends

@@ -1,0 +1,87 @@
+"""The measured rate and the chunk that follows from it."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skulk.batching.rate import (
+    CHUNK_UNIT,
+    DEPTH_BAND,
+    STEP_ALONE_S,
+    STEP_SHARED_S,
+    Rate,
+    chunk_tokens,
+    measured,
+    prefill_token_s,
+)
+from skulk.batching.step import StepPlan, StepRow
+
+
+def plan_of(*, decode: int = 0, prefill: int = 0, depth: int = 0) -> StepPlan:
+    rows = [StepRow(slot=slot, tokens=(1,), start=9, sample=True) for slot in range(decode)]
+    if prefill:
+        rows.append(StepRow(slot=decode, tokens=(1,) * prefill, start=depth, sample=False))
+    return StepPlan(rows=tuple(rows))
+
+
+def test_nothing_measured_means_the_smallest_chunk() -> None:
+    assert chunk_tokens(Rate(), depth=0, others_decode=False, n_ubatch=512) == CHUNK_UNIT
+
+
+def test_the_chunk_ends_in_time_alone_and_beside_others() -> None:
+    rate = measured(Rate(), plan_of(prefill=512), 0.512)
+    assert chunk_tokens(rate, depth=0, others_decode=False, n_ubatch=2048) == 960
+    assert chunk_tokens(rate, depth=0, others_decode=False, n_ubatch=512) == 512
+    assert chunk_tokens(rate, depth=0, others_decode=True, n_ubatch=512) == 192
+
+
+def test_what_decoding_takes_is_not_there_for_prefill() -> None:
+    rate = measured(measured(Rate(), plan_of(prefill=512), 0.512), plan_of(decode=4), 0.1)
+    assert chunk_tokens(rate, depth=0, others_decode=True, n_ubatch=512) == 128
+
+
+def test_a_mixed_step_teaches_the_prefill_rate_without_its_decode_rows() -> None:
+    rate = measured(Rate(), plan_of(decode=4), 0.1)
+    assert prefill_token_s(measured(rate, plan_of(decode=4, prefill=100), 0.3), 0) == 0.002
+
+
+def test_the_rate_is_kept_by_depth_and_the_nearest_band_stands_in() -> None:
+    rate = measured(Rate(), plan_of(prefill=100), 0.1)
+    rate = measured(rate, plan_of(prefill=100, depth=3 * DEPTH_BAND), 0.4)
+    assert prefill_token_s(rate, 0) == 0.001
+    assert prefill_token_s(rate, 2 * DEPTH_BAND) == 0.001
+    assert prefill_token_s(rate, 3 * DEPTH_BAND) == 0.004
+    assert prefill_token_s(rate, 90 * DEPTH_BAND) == 0.004
+    only_deep = measured(Rate(), plan_of(prefill=100, depth=3 * DEPTH_BAND), 0.4)
+    assert prefill_token_s(only_deep, 0) == 0.004
+
+
+def test_small_chunks_teach_nothing() -> None:
+    assert measured(Rate(), plan_of(prefill=CHUNK_UNIT - 1), 5.0) == Rate()
+
+
+def test_one_slow_step_moves_the_mean_but_does_not_become_it() -> None:
+    rate = measured(Rate(), plan_of(prefill=100), 0.1)
+    disturbed = prefill_token_s(measured(rate, plan_of(prefill=100), 1.1), 0)
+    assert 0.001 < disturbed < 0.006
+
+
+@given(
+    st.floats(1e-6, 1.0),
+    st.floats(0.0, 1.0),
+    st.integers(0, 5000),
+    st.booleans(),
+    st.sampled_from([1, 32, 64, 100, 512, 2048]),
+)
+def test_a_chunk_is_whole_units_within_its_time(
+    per_token: float, decode_s: float, depth: int, others_decode: bool, n_ubatch: int
+) -> None:
+    rate = Rate(decode_s=decode_s, prefill_s=(per_token,))
+    chunk = chunk_tokens(rate, depth=depth, others_decode=others_decode, n_ubatch=n_ubatch)
+    unit = min(CHUNK_UNIT, n_ubatch)
+    assert unit <= chunk <= n_ubatch
+    assert chunk % unit == 0
+    if chunk > unit:
+        limit_s = STEP_SHARED_S if others_decode else STEP_ALONE_S
+        assert chunk * per_token + (decode_s if others_decode else 0.0) <= limit_s + 1e-9

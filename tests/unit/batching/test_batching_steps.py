@@ -1,0 +1,276 @@
+"""Requests from the queue to their end, step by step."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from skulk.batching.apply import apply
+from skulk.batching.plan import StepBudget, budget_for, plan_step
+from skulk.batching.rate import Rate
+from skulk.batching.requests import BatchRequest, Emitted, Ended, Output, Progressed
+from skulk.batching.slots import BatchState, add, end_all, end_request, expire, start_waiting
+from skulk.batching.step import StepResult
+from skulk.wire.base import ErrorBody
+from skulk.wire.generation import Timings, Usage
+from tests.support.batches import (
+    END_TOKEN,
+    VOCABULARY,
+    ends_of,
+    play,
+    play_step,
+    request_of,
+    saying,
+    shape_of,
+    text_of,
+)
+
+
+def batch(*requests: BatchRequest, **shape: int) -> BatchState:
+    state = BatchState(shape=shape_of(**shape))
+    for request in requests:
+        state = add(state, request, VOCABULARY, 0.0).state
+    return state
+
+
+def test_one_request_from_its_prompt_to_its_end() -> None:
+    outputs = play(batch(request_of(prompt=100, max_tokens=20)), saying("hé"))
+    assert text_of(outputs) == "hé"
+    assert [(one.phase, one.processed, one.total) for one in outputs if isinstance(one, Progressed)] == [
+        ("prefill", 0, 100),
+        ("prefill", 64, 100),
+        ("decode", 100, 100),
+    ]
+    last_text, end = outputs[-2:]
+    assert isinstance(last_text, Emitted)
+    assert last_text.finish_reason == "stop"
+    assert last_text.tokens == (END_TOKEN,)
+    assert isinstance(end, Ended)
+    assert end.end.reason == "stop"
+    assert end.end.usage == Usage(prompt_tokens=100, completion_tokens=4)
+    assert end.end.timings == Timings(queue_s=1.0, prefill_s=1.0, decode_s=3.0)
+
+
+def test_the_limit_ends_with_length_and_what_was_held_goes_out() -> None:
+    outputs = play(batch(request_of(max_tokens=3, stop=("bcd",))), saying("abc", end=False))
+    assert text_of(outputs) == "abc"
+    assert ends_of(outputs)["a"][0].end.reason == "length"
+
+
+def test_a_character_cut_by_the_limit_is_replaced() -> None:
+    assert text_of(play(batch(request_of(max_tokens=3)), saying("a日"))) == "a\ufffd"
+
+
+def test_a_stop_string_over_token_borders_ends_and_is_no_text() -> None:
+    outputs = play(batch(request_of(max_tokens=30, stop=("###", "User:"))), saying("Hi!\n## #Us Use User: more"))
+    assert text_of(outputs) == "Hi!\n## #Us Use "
+    assert ends_of(outputs)["a"][0].end.reason == "stop"
+
+
+def test_text_held_for_a_stop_goes_out_with_the_end_token() -> None:
+    assert text_of(play(batch(request_of(max_tokens=30, stop=("###",))), saying("yes##"))) == "yes##"
+
+
+def test_ignore_eos_goes_on_to_the_limit() -> None:
+    outputs = play(batch(request_of(max_tokens=5, ignore_eos=True)), saying("ab"))
+    assert ends_of(outputs)["a"][0].end.usage == Usage(prompt_tokens=3, completion_tokens=5)
+    assert ends_of(outputs)["a"][0].end.reason == "length"
+
+
+def test_decode_rows_come_first_and_prompts_follow_in_their_order() -> None:
+    budget = StepBudget(tokens=512, prefill_tokens=64)
+    state, _, _ = play_step(batch(request_of("a")), saying("aaaa"), budget, 1.0)
+    for name, prompt in (("b", 100), ("c", 20)):
+        state = add(state, request_of(name, prompt=prompt), VOCABULARY, 1.0).state
+    plans: list[list[tuple[int, int, bool]]] = []
+    for _ in range(2):
+        state, plan, _ = play_step(state, saying("aaaa"), budget, 2.0)
+        assert plan is not None
+        plans.append([(row.slot, len(row.tokens), row.sample) for row in plan.rows])
+    assert plans == [
+        [(0, 1, True), (1, 64, False)],
+        [(0, 1, True), (1, 36, True), (2, 20, True)],
+    ]
+
+
+def test_choices_of_one_request_end_it_once() -> None:
+    outputs = play(batch(request_of(n=3, max_tokens=9), n_parallel=2), saying("xyz"))
+    assert [text_of(outputs, "a", choice) for choice in range(3)] == ["xyz"] * 3
+    assert [end.end.usage for end in ends_of(outputs)["a"]] == [Usage(prompt_tokens=3, completion_tokens=12)]
+    assert isinstance(outputs[-1], Ended)
+
+
+def test_the_lowest_free_slot_is_taken() -> None:
+    state = start_waiting(batch(*(request_of(name) for name in "abc")), 1.0).state
+    state = end_request(state, request_of("b").key, 1.0).state
+    state = add(state, request_of("d"), VOCABULARY, 1.0).state
+    started = start_waiting(state, 2.0)
+    assert [seq.slot for seq in started.sequences] == [1]
+    assert {seq.request.key.request_id: seq.slot for seq in started.state.running} == {"a": 0, "c": 2, "d": 1}
+
+
+def test_cells_that_running_sequences_may_need_are_theirs() -> None:
+    state = batch(
+        request_of("a", prompt=60, max_tokens=40),
+        request_of("b", prompt=60, max_tokens=40),
+        request_of("c", prompt=1, max_tokens=1),
+        n_ctx=100,
+        kv_cells=150,
+    )
+    started = start_waiting(state, 1.0)
+    assert [seq.request.key.request_id for seq in started.sequences] == ["a"], "b waits for cells, c behind b"
+    assert set(ends_of(play(state, saying("ok")))) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3], ids=["queued", "prefill", "decode"])
+def test_a_request_ended_from_outside_leaves_no_trace(steps: int) -> None:
+    state = batch(request_of("a", prompt=100, max_tokens=50), request_of("b"))
+    budget = StepBudget(tokens=512, prefill_tokens=64)
+    for second in range(steps):
+        state, _, _ = play_step(state, saying("x" * 40), budget, float(second + 1))
+    changed = end_request(state, request_of("a").key, 9.0)
+    assert changed.freed == ((0,) if steps else ())
+    assert [(type(one), one.key.request_id) for one in changed.outputs] == [(Ended, "a")]
+    assert isinstance(changed.outputs[0], Ended)
+    assert changed.outputs[0].end.reason == "cancelled"
+    assert end_request(changed.state, request_of("a").key, 9.0).outputs == ()
+    assert set(ends_of(play(changed.state, saying("x")))) == {"b"}
+
+
+def test_a_cancel_between_two_choices_counts_both() -> None:
+    state = batch(request_of(n=2, max_tokens=9), n_parallel=1)
+    budget = StepBudget(tokens=512, prefill_tokens=64)
+    while not state.closed:
+        state, _, _ = play_step(state, saying("x"), budget, 1.0)
+    changed = end_request(state, request_of().key, 9.0)
+    assert isinstance(changed.outputs[0], Ended)
+    assert changed.outputs[0].end.usage == Usage(prompt_tokens=3, completion_tokens=2)
+    assert changed.state.is_idle
+    assert changed.state.closed == ()
+
+
+def test_deadlines_end_what_is_late_and_nothing_else() -> None:
+    state = batch(request_of("a", deadline=5.0), request_of("b", deadline=6.0))
+    state = start_waiting(state, 1.0).state
+    assert expire(state, 4.9).outputs == ()
+    changed = expire(state, 5.0)
+    end = changed.outputs[0]
+    assert isinstance(end, Ended)
+    assert (end.key.request_id, end.end.reason) == ("a", "error")
+    assert end.end.error is not None
+    assert end.end.error.code == "deadline_exceeded"
+    assert changed.freed == (0,)
+
+
+def test_a_failure_ends_all_with_its_error() -> None:
+    state = start_waiting(batch(*(request_of(name) for name in "abcdef")), 1.0).state
+    changed = end_all(state, 2.0, ErrorBody(code="runner_failed", detail="gone", retryable=True))
+    assert {end.key.request_id for end in changed.outputs if isinstance(end, Ended)} == set("abcdef")
+    assert changed.state.is_idle
+
+
+def test_a_plan_for_another_position_is_a_defect() -> None:
+    state = start_waiting(batch(request_of(prompt=10)), 1.0).state
+    plan = plan_step(state, StepBudget(tokens=512, prefill_tokens=5))
+    assert plan is not None
+    result = StepResult(sampled={}, elapsed_s=0.1)
+    state = apply(state, plan, result, VOCABULARY, 1.0).state
+    with pytest.raises(AssertionError):
+        apply(state, plan, result, VOCABULARY, 1.0)
+
+
+def test_nothing_runs_without_budget_or_sequences() -> None:
+    assert plan_step(batch(), StepBudget(tokens=512, prefill_tokens=64)) is None
+    assert budget_for(batch(), Rate()).prefill_tokens == 0
+
+
+@given(st.binary(min_size=1, max_size=20), st.integers(0, 20), st.integers(0, 25))
+def test_a_resumed_answer_reads_as_if_it_had_never_stopped(answer: bytes, cut: int, sent: int) -> None:
+    """Whatever was sent before, sent and resumed text together are the whole, and the counts are the whole's."""
+    request = request_of(max_tokens=30, stop=("\x07\x07",))
+    whole_outputs = play(batch(request), saying(answer))
+    whole = text_of(whole_outputs)
+    sent = min(sent, len(whole))
+    resumed = msgspec.structs.replace(request, emitted=tuple(answer[: min(cut, len(answer))]), sent_characters=sent)
+    if not resumed.emitted:
+        return
+    changed = add(BatchState(shape=shape_of()), resumed, VOCABULARY, 0.0)
+    told: list[Output] = [*changed.outputs]
+    if not changed.state.is_idle:
+        told += play(changed.state, saying(answer))
+    assert whole[:sent] + text_of(told) == whole
+    assert [end.end.usage for end in ends_of(told)["a"]] == [end.end.usage for end in ends_of(whole_outputs)["a"]]
+
+
+REQUESTS = st.lists(
+    st.tuples(
+        st.integers(1, 90),  # prompt
+        st.integers(1, 10),  # max_tokens
+        st.integers(1, 3),  # n
+        st.integers(0, 30),  # arrives at step
+        st.one_of(st.none(), st.integers(0, 40)),  # cancelled at step
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(deadline=None)
+@given(REQUESTS, st.integers(1, 4), st.integers(0, 3), st.integers(1, 100))
+def test_every_request_ends_once_and_no_step_is_over_its_budget(
+    requests: list[tuple[int, int, int, int, int | None]], n_parallel: int, tight: int, prefill_tokens: int
+) -> None:
+    """Random arrivals and cancels: budget and cells kept, decode first, then first come first served."""
+    shape = shape_of(
+        n_ctx=100, kv_cells=100 + tight * 70, n_parallel=n_parallel, n_batch=n_parallel + 100, n_ubatch=100
+    )
+    state = BatchState(shape=msgspec.structs.replace(shape, max_waiting=100))
+    budget = StepBudget(tokens=shape.n_batch, prefill_tokens=prefill_tokens)
+    outputs: list[Output] = []
+    started: list[tuple[int, int]] = []
+    first_draws: dict[str, int] = {}
+    for step in range(2000):
+        for index, (prompt, max_tokens, n, at, cancel_at) in enumerate(requests):
+            request = request_of(str(index), prompt=prompt, max_tokens=max_tokens, n=n)
+            if at == step:
+                state = add(state, request, VOCABULARY, float(step)).state
+            if cancel_at == step:
+                changed = end_request(state, request.key, float(step))
+                state = changed.state
+                outputs.extend(changed.outputs)
+        before = start_waiting(state, float(step))
+        started.extend((requests[int(seq.request.key.request_id)][3], step) for seq in before.sequences)
+        state, plan, told = play_step(state, saying("abcd"), budget, float(step))
+        outputs.extend(told)
+        if plan is None:
+            if step > 40:
+                break
+            continue
+        assert plan.token_count <= budget.tokens
+        decoding = {seq.slot for seq in before.state.running if seq.is_decoding}
+        assert [row.slot for row in plan.rows[: len(decoding)]] == sorted(decoding), "decode first, every one"
+        prefill = [row for row in plan.rows if row.slot not in decoding]
+        assert sum(len(row.tokens) for row in prefill) <= prefill_tokens
+        assert len({row.slot for row in plan.rows}) == len(plan.rows)
+        by_slot = {seq.slot: seq for seq in before.state.running}
+        order = [seq.slot for seq in before.state.running if not seq.is_decoding]
+        assert [row.slot for row in prefill] == order[: len(prefill)], "first come, first served"
+        for row in prefill[:-1]:
+            assert len(row.tokens) == by_slot[row.slot].gap, "only the last prompt of a step is cut"
+        assert sum(seq.request.cells for seq in before.state.running) <= shape.kv_cells
+        for seq in state.running:
+            assert seq.computed <= seq.known <= seq.request.cells
+            first_draws.setdefault(seq.request.key.request_id, step)
+    assert state.is_idle
+    assert state.closed == ()
+    assert [at for at, _ in started] == sorted(at for at, _ in started), "slots are given in the order of arrival"
+    for index, (prompt, _, _, at, cancel_at) in enumerate(requests):
+        ends = ends_of(outputs).get(str(index), [])
+        was_cancelled_early = cancel_at is not None and cancel_at < at
+        assert len(ends) == 1, f"request {index} ended {len(ends)} times"
+        if cancel_at is None or was_cancelled_early:
+            assert ends[0].end.reason in ("stop", "length")
+        assert ends[0].end.usage is not None
+        assert ends[0].end.usage.prompt_tokens == prompt
