@@ -132,7 +132,7 @@ class CoreBus:
         return await self._transport.subscribe(subject, receive, queue=queue)
 
     async def settle(self) -> None:
-        """Returns when the server knows of all subscriptions, or, if it can't be asked now, at once: they are replayed."""
+        """Returns when the server knows of all subscriptions; at once if it can't be asked: they are replayed."""
         try:
             await self.flush(SETTLE_S)
         except (UnavailableError, ServiceError):

@@ -10,7 +10,7 @@ from typing import Any, Final, Generic, TypeVar
 
 from skulk.errors import RequestError
 from skulk.ids import is_token
-from skulk.wire.base import Wire
+from skulk.wire.base import PROTOCOL, Wire
 from skulk.wire.beats import GatewayBeat, MasterBeat, NodeBeat, RunnerStatus
 from skulk.wire.commands import (
     DeleteInstance,
@@ -28,7 +28,6 @@ from skulk.wire.generation import Accepted, Alive, Cancel, Cancelled, Chunk, Gen
 from skulk.wire.placement import PlacementDecision
 from skulk.wire.transfer import PartRequest
 
-PROTOCOL: Final = 1
 PREFIX: Final = "skulk"
 
 M = TypeVar("M")

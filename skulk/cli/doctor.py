@@ -14,6 +14,7 @@ from typing import Final, Literal
 import msgspec
 
 from skulk.cli.context import Column, Context, note, print_rows
+from skulk.cli.launcher import CARDS_FOLDER, VERIFIED_FILE
 from skulk.cli.node_file import NodeFile, read_node_file
 from skulk.engines.llama_cpp.probe import Probe
 from skulk.errors import StartError
@@ -153,13 +154,15 @@ def probe_engine() -> Probe:
     argv = [sys.executable, "-m", "skulk.engines.llama_cpp.probe"]
     try:
         done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=PROBE_TIMEOUT_S, check=False)
-        return msgspec.json.decode(done.stdout, type=Probe)
     except subprocess.TimeoutExpired:
         problem = f"Looking for GPUs hung for {PROBE_TIMEOUT_S:.0f} s. Check the driver (vulkaninfo, nvidia-smi)."
+        return Probe(installed=False, problem=problem)
+    try:
+        return msgspec.json.decode(done.stdout, type=Probe)
     except msgspec.DecodeError:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"status {done.returncode}"]
         problem = f"Loading llama.cpp failed ({last[0][:200]}). Install llama-cpp-python again for this machine."
-    return Probe(installed=False, problem=problem)
+        return Probe(installed=False, problem=problem)
 
 
 def check_engine(settings: Settings, probe: Probe) -> Check:
@@ -187,7 +190,8 @@ def check_models(settings: Settings) -> Check:
     catalogue = Catalogue(
         Path(settings.models_dir),
         [Path(folder) for folder in settings.models_path],
-        verified_file=home / "verified.json",
+        verified_file=home / VERIFIED_FILE,
+        card_dirs=[home / CARDS_FOLDER],
     )
     catalogue.rescan()
     held = [entry.card.model_id for entry in catalogue.entries() if entry.is_held]

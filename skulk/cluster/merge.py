@@ -5,8 +5,8 @@ tombstone   united; it beats every version of its instance that was born up to i
 drain       the version with the higher position wins
 position    the higher; ``seq`` the higher of both, so that it never falls
 
-What a tombstone covers is decided by birth alone, which is also the first rank of a version: so if any version outlives
-a tombstone, the one that wins does, in whatever order states are merged. A deletion beats a move that it didn't know of.
+What a tombstone covers is decided by birth alone, which is also the first rank of a version: so if any version
+outlives a tombstone, the one that wins does, in any order of merging. A deletion beats a move it didn't know of.
 """
 
 from __future__ import annotations

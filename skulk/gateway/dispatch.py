@@ -98,6 +98,11 @@ class Dispatcher:
         """Generations that a runner was asked for and that have not ended."""
         return len(self._runs)
 
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for an instance to be ready."""
+        return self._waiting
+
     @asynccontextmanager
     async def begin(self, generation: Generation, timeout_s: float) -> AsyncGenerator[Run]:
         """A run that a runner has accepted. Leaving before its end cancels it at the runner.

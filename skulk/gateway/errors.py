@@ -135,7 +135,8 @@ def body_too_large(limit_bytes: int) -> RequestError:
 
 
 async def name_request(request: web.Request, response: web.StreamResponse) -> None:
-    """Signal handler: every answer, streams too, names its request."""
+    """Signal handler: every answer, streams too, names its request, and not the versions of what we run on."""
+    response.headers["Server"] = "skulk"
     request_id = request.get(REQUEST_ID)
     if request_id is not None:
         response.headers["X-Request-Id"] = request_id

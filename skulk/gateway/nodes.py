@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from typing import Any, Final
 
 import msgspec
 from aiohttp import web
 
+from skulk.bus.subjects import EVENTS_HISTORY
+from skulk.errors import SkulkError
 from skulk.gateway.bodies import whole_number
 from skulk.gateway.compat.diagnostics import cluster_json, node_json
 from skulk.gateway.compat.state import state_json
 from skulk.gateway.keys import BUS, CARDS, CLOCK, DISPATCHER, METRICS, REPLICA, SPEC
 from skulk.gateway.metrics import CONTENT_TYPE
 from skulk.gateway.replies import json_response
+from skulk.wire.commands import HistoryRequest
+from skulk.wire.events import EventRecord
+
+log = logging.getLogger("skulk.gateway")
 
 MAX_EVENTS: Final = 1_000
+HISTORY_WAIT_S: Final = 2.0
 
 
 async def node_id(request: web.Request) -> web.Response:
@@ -65,7 +73,24 @@ async def events(request: web.Request) -> web.Response:
     """``GET /events``: the newest events, oldest first; ``?since=SEQ`` only those after it."""
     since = whole_number(request, "since", 0, low=0, high=2**53)
     limit = whole_number(request, "limit", MAX_EVENTS, low=1, high=MAX_EVENTS)
-    return json_response(request.app[REPLICA].history(limit, since))
+    return json_response(await _history(request, limit, since))
+
+
+async def _history(request: web.Request, limit: int, since: int) -> tuple[EventRecord, ...]:
+    """From the own ring; what came before this process began to listen is asked of a node's."""
+    replica = request.app[REPLICA]
+    own = replica.history(limit, since)
+    oldest = own[0].position.seq if own else replica.view.state.position.seq + 1
+    if oldest <= since + 1 or len(own) == limit:
+        return own
+    question = HistoryRequest(limit=limit, since=since)
+    try:
+        told = await request.app[BUS].request(EVENTS_HISTORY, question, timeout_s=HISTORY_WAIT_S)
+    except SkulkError as error:
+        log.info("no node told its events: %s", error)
+        return own
+    by_position = {record.position: record for record in (*told.events, *own)}
+    return tuple(by_position[position] for position in sorted(by_position))[-limit:]
 
 
 async def metrics(request: web.Request) -> web.Response:

@@ -11,7 +11,7 @@ import msgspec
 
 from skulk.bus.port import Bus, Call
 from skulk.bus.replica import HISTORY_EVENTS, Replica
-from skulk.bus.subjects import EVENTS_HISTORY, NODE_BEAT, NODE_SNAPSHOT, PROTOCOL
+from skulk.bus.subjects import EVENTS_HISTORY, NODE_BEAT, NODE_SNAPSHOT
 from skulk.clock import Clock
 from skulk.cluster.liveness import NODE_BEAT_S
 from skulk.cluster.reconcile import wanted_of
@@ -20,6 +20,7 @@ from skulk.errors import RequestError, SkulkError
 from skulk.node.hosting import Hosting
 from skulk.node.identity import NodeIdentity
 from skulk.node.storage import StateFile
+from skulk.wire.base import PROTOCOL
 from skulk.wire.beats import DiskFacts, HealthReason, MemoryFacts, NodeBeat, Role, SystemFacts
 from skulk.wire.commands import History, HistoryRequest, Snapshot, SnapshotRequest
 from skulk.wire.model import HeldModel

@@ -73,7 +73,9 @@ class LocalMachine:
         """Tags and memory, measured now."""
         return await self._meter.measure({})
 
-    def supervise(self, wanted: Wanted, prepared: Prepared, on_exit: Callable[[ProcessReport], None]) -> SupervisedRunner:
+    def supervise(
+        self, wanted: Wanted, prepared: Prepared, on_exit: Callable[[ProcessReport], None]
+    ) -> SupervisedRunner:
         """A runner process that isn't running yet."""
 
         def spec_of(restarts: int) -> RunnerSpec:

@@ -34,11 +34,10 @@ from skulk.placement.backends import Ranked, rank_of
 from skulk.placement.memory import Fit, context_limit, fit_context, largest_context, least_need
 from skulk.placement.rooms import room
 from skulk.units import format_bytes
+from skulk.wire.base import PROTOCOL
 from skulk.wire.placement import NodeReport, PlacementDecision, PlacementRequest
 from skulk.wire.state import Assignment
 
-PROTOCOL: Final = 1
-"""Major version of the bus contract; a contract test holds it equal to the registry's."""
 DEFAULT_PARALLEL: Final = 16
 MAX_PARALLEL: Final = 256
 """``LLAMA_MAX_SEQ``: a llama.cpp context holds no more sequences."""

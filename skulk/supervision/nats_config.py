@@ -123,7 +123,9 @@ def render(config: NatsServerConfig, ports: NatsPorts | None = None) -> str:
         f"reconnect_error_reports: {ERROR_REPORTS}",
     ]
     if config.client_password:
-        lines.append(f"authorization {{ {_credentials(config.client_user, config.client_password)}, timeout: 5 }}")
+        # As a list: in the short form, one user without a list, every client is dropped at each reload.
+        user = f"{{ {_credentials(config.client_user, config.client_password)} }}"
+        lines.append(f"authorization {{ timeout: 5, users: [ {user} ] }}")
     if config.route_port is not None:
         lines += _cluster_lines(config, _port(config.route_port, known.route))
     return "\n".join(lines) + "\n"

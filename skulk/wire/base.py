@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 
 from skulk.errors import ERRORS, ServiceError, SkulkError, error_of
 
 T = TypeVar("T")
+
+PROTOCOL: Final = 1
+"""Major version of the bus contract: a node that speaks another one takes no placements and harms nobody."""
 
 _ENCODER = msgspec.json.Encoder()
 _DECODERS: dict[Any, msgspec.json.Decoder[Any]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -108,13 +109,13 @@ async def test_what_waits_to_be_fetched_is_bounded(world: BusWorld) -> None:
     await asker.request(RUNNER_CANCEL, question, timeout_s=20.0, runner="r-1")
 
 
-async def parcel_of(bus_world: BusWorld, change: dict[str, object]) -> SkulkError:
+async def parcel_of(bus_world: BusWorld, change: dict[str, Any]) -> SkulkError:
     """What comes of a question whose parcel isn't what it says."""
     asker, answerer = await bus_world.bus("asker"), await bus_world.bus("answerer")
     await answerer.serve("runner", {RUNNER_CANCEL: echo}, runner="r-1")
     packed = await asker.parcels.pack(encode(Cancel(request_id="x" * 600_000)), once=False)
     honest = decode(packed.body, Parcel)
-    fields = {name: getattr(honest, name) for name in honest.__struct_fields__}
+    fields: dict[str, Any] = {name: getattr(honest, name) for name in honest.__struct_fields__}
     heard: Collector[Raw] = Collector()
     await asker.listen("answers.here", heard)
     await asker.settle()
@@ -140,9 +141,7 @@ def decode_error(answer: Raw) -> SkulkError:
         ({"owner": "nobody"}, "unreachable"),
     ],
 )
-async def test_a_parcel_that_is_not_what_it_says_is_refused(
-    world: BusWorld, change: dict[str, object], code: str
-) -> None:
+async def test_a_parcel_that_is_not_what_it_says_is_refused(world: BusWorld, change: dict[str, Any], code: str) -> None:
     error = await parcel_of(world, change)
     assert error.code == code
 

@@ -208,7 +208,7 @@ async def test_calls_begin_in_the_order_they_were_sent(world: BusWorld) -> None:
             asyncio.create_task(asker.request(RUNNER_GENERATE, question, timeout_s=20.0, runner="r-1")),
             asyncio.create_task(asker.request(RUNNER_CANCEL, cancel, timeout_s=20.0, runner="r-1")),
         ]
-        await asyncio.gather(*sent)
+        await asyncio.wait(sent)
     assert begun == [f"{noun} q{number}" for number in range(6) for noun in ("generate", "cancel")]
 
 

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skulk.bus import transport
-from skulk.bus.subjects import CHANNELS, ENDPOINTS, PREFIX, PROTOCOL, Channel, Endpoint, Template
+from skulk.bus.subjects import CHANNELS, ENDPOINTS, PREFIX, Channel, Endpoint, Template
 from skulk.errors import RequestError
 from skulk.ids import TOKEN
+from skulk.wire.base import PROTOCOL
 from skulk.wire.beats import NodeBeat
 from tests.support.contract import toml
 

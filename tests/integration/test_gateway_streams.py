@@ -180,7 +180,9 @@ async def test_keep_alives_come_while_nothing_else_does(tmp_path: Path) -> None:
 
         runner.script = slow
         async with gateway.open_chat() as response, asyncio.timeout(WAIT_S):
-            assert await response.content.readuntil(b"\n\n") == f": command_id {runner.asked[0].request_id}\n\n".encode()
+            assert (
+                await response.content.readuntil(b"\n\n") == f": command_id {runner.asked[0].request_id}\n\n".encode()
+            )
             for _ in range(3):
                 assert await response.content.readuntil(b"\n\n") == b": keep-alive\n\n"
             go_on.set()
@@ -301,9 +303,7 @@ async def test_the_requests_own_deadline(gateway: Gateway) -> None:
     runner = await gateway.serve_model()
     runner.script = hold
     body = msgspec.json.encode(chat_body())
-    async with gateway.client.post(
-        "/v1/chat/completions", data=body, headers={"X-Request-Timeout": "0.2"}
-    ) as response:
+    async with gateway.client.post("/v1/chat/completions", data=body, headers={"X-Request-Timeout": "0.2"}) as response:
         assert response.status == 504
         assert (await response.json())["error"]["code"] == "deadline_exceeded"
     async with asyncio.timeout(WAIT_S):

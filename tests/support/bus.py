@@ -7,7 +7,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from skulk.bus.core import CoreBus
 from skulk.bus.memory_bus import MemoryBus, MemoryHub
@@ -83,7 +83,7 @@ class BusWorld(ABC):
         self.cluster = f"test{next(_numbers)}"
         self._stack = AsyncExitStack()
 
-    async def __aenter__(self) -> BusWorld:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *error: object) -> None:

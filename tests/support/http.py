@@ -12,12 +12,14 @@ from typing import Any
 import aiohttp
 import msgspec
 from aiohttp import web
+from multidict import CIMultiDictProxy
 
 from skulk.bus.memory_bus import MemoryBus, MemoryHub
 from skulk.bus.port import Call, Service
 from skulk.bus.streams import Outbox, StreamWriter
 from skulk.bus.subjects import (
     EVENT,
+    EVENTS_HISTORY,
     MASTER_BEAT,
     MASTER_DELETE,
     MASTER_PLACE,
@@ -41,13 +43,15 @@ from skulk.wire.beats import MasterBeat, RunnerPhase, RunnerStatus
 from skulk.wire.commands import (
     DeleteInstance,
     DeleteReply,
+    History,
+    HistoryRequest,
     PlacementReply,
     PlaceModel,
     PreviewPlacement,
     Snapshot,
     SnapshotRequest,
 )
-from skulk.wire.events import Event, EventRecord, InstanceAssigned, InstanceCreated, InstanceDeleted
+from skulk.wire.events import Event, EventRecord, InstanceAssigned, InstanceCreated, InstanceDeleted, TermBegan
 from skulk.wire.gateway import GatewaySpec
 from skulk.wire.generation import Accepted, Cancel, Cancelled, Generate, StreamEnd, Timings, Usage
 from skulk.wire.placement import NodeReport, PlacementDecision
@@ -158,6 +162,7 @@ class FakeCluster:
     def __init__(self, bus: MemoryBus) -> None:
         self.bus = bus
         self.state = ClusterState(cluster=bus.cluster)
+        self.records: list[EventRecord] = []
         self.statuses: dict[str, RunnerStatus] = {}
         self.runners: dict[str, FakeRunner] = {}
         self.models: tuple[str, ...] = (MODEL,)
@@ -196,8 +201,10 @@ class FakeCluster:
                 node=NODE,
             ),
             await serve("node", {NODE_SNAPSHOT: self._snapshot}, node=NODE),
+            await serve("events", {EVENTS_HISTORY: self._history}),
         ]
         self._beats = asyncio.create_task(self._beat())
+        await self.append(TermBegan(state_hash=state_hash(self.state)))
 
     async def close(self) -> None:
         assert self._beats is not None
@@ -223,6 +230,7 @@ class FakeCluster:
         """Writes an event and sends it."""
         record = EventRecord(position=Position(term=TERM, seq=self.state.position.seq + 1), at=1000.0, event=event)
         self.state = fold(self.state, record)
+        self.records.append(record)
         await self.bus.publish(EVENT, record, kind=type(event).__struct_config__.tag, subject="x")
 
     async def say(self, spoken: RunnerStatus) -> None:
@@ -269,6 +277,10 @@ class FakeCluster:
         del call
         return Snapshot(node_id=NODE, state=self.state)
 
+    async def _history(self, call: Call[HistoryRequest]) -> History:
+        wanted = [record for record in self.records if record.position.seq > call.message.since]
+        return History(node_id=NODE, events=tuple(wanted[-call.message.limit :]))
+
     async def _place(self, call: Call[PlaceModel]) -> PlacementReply:
         command = call.message
         self.placed.append(command)
@@ -276,9 +288,7 @@ class FakeCluster:
             raise self.refusal
         instance_id = command.instance_id or f"new-{len(self.placed)}"
         if self.decision.outcome == "placed":
-            await self.append(
-                InstanceCreated(instance=Instance(instance_id=instance_id, request=command.request))
-            )
+            await self.append(InstanceCreated(instance=Instance(instance_id=instance_id, request=command.request)))
             await self.append(
                 InstanceAssigned(instance_id=instance_id, assignment=assignment(instance_id, node_id=NODE))
             )
@@ -343,7 +353,7 @@ class Gateway:
         if body is not None:
             how["data"] = body if isinstance(body, bytes) else msgspec.json.encode(body)
         async with self.client.request(method, path, **how) as response:
-            return Answer(response.status, dict(response.headers), await response.read())
+            return Answer(response.status, response.headers, await response.read())
 
     async def chat(self, **fields: Any) -> Answer:
         """One chat request."""
@@ -361,7 +371,7 @@ class Answer(msgspec.Struct, frozen=True):
     """An answer that was read whole."""
 
     status: int
-    headers: dict[str, str]
+    headers: CIMultiDictProxy[str]
     body: bytes
 
     @property

@@ -10,7 +10,7 @@ from skulk.bus.port import Call
 from skulk.bus.streams import Inbox, Outbox, StreamReader
 from skulk.bus.subjects import RUNNER_RESEND
 from skulk.wire.generation import Chunk, Resend, Resent
-from tests.support.bus import WAIT_S
+from tests.support.bus import WAIT_S, Collector
 from tests.support.messages import GATEWAY, RUNNER
 
 
@@ -29,11 +29,15 @@ class StreamPair:
         self.gateway_bus = gateway_bus
         self.outbox = Outbox(runner_bus, RUNNER, runner_bus.clock)
         self.inbox = Inbox(gateway_bus, GATEWAY, gateway_bus.clock)
+        self.confirmed: Collector[Resend] = Collector()
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> StreamPair:
         async def resend(call: Call[Resend]) -> Resent:
-            return self.outbox.resend(call.message)
+            answer = self.outbox.resend(call.message)
+            if not self.outbox.knows(call.message.request_id, call.message.attempt):
+                self.confirmed(call.message)
+            return answer
 
         await self.runner_bus.serve("runner", {RUNNER_RESEND: resend}, runner=RUNNER)
         await self.inbox.start()
@@ -44,6 +48,15 @@ class StreamPair:
 
     async def __aexit__(self, *error: object) -> None:
         await self._stack.aclose()
+
+
+async def only_kept(outbox: Outbox, count: int) -> None:
+    """Waits until so many chunks found no connection; the backlog's task is woken already and needs turns only."""
+    for _ in range(1_000):
+        if outbox.counters.only_kept >= count:
+            return
+        await asyncio.sleep(0)
+    raise AssertionError(f"{outbox.counters.only_kept} chunks were only kept, not {count}")
 
 
 async def read_all(reader: StreamReader, timeout_s: float = WAIT_S) -> list[Chunk]:

@@ -115,7 +115,7 @@ async def test_a_port_in_use_is_told_with_its_flag_and_not_tried_again(tmp_path:
     with closing(taken_port()) as holder:
         port = holder.getsockname()[1]
         async with running(tmp_path, config(**{field: port})) as life:
-            with pytest.raises(StartError, match=rf"Port {port} .* in use.* {flag} 0 picks a free one") as caught:
+            with pytest.raises(StartError, match=rf"Port {port} .* in use.*\({flag} 0 picks a free one") as caught:
                 await life.server.wait_ready()
         assert (caught.value.code, caught.value.exit_status) == ("port_in_use", 75)
         assert len(life.crashes) == 1

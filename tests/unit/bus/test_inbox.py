@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
@@ -71,7 +71,7 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig() -> AsyncIterator[Rig]:
+async def rig() -> AsyncGenerator[Rig]:
     made = Rig()
     await made.inbox.start()
     await made.runner.serve("runner", {RUNNER_RESEND: made.resend}, runner=RUNNER)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -17,7 +17,7 @@ from skulk.wire.base import ErrorBody
 from skulk.wire.generation import Alive, Chunk, Resend, Resent, StreamEnd
 from tests.support.bus import Collector, ManualClock
 from tests.support.messages import GATEWAY, REQUEST, RUNNER, gateway_beat, generate, stopped, texts
-from tests.support.streams import cancel_and_wait
+from tests.support.streams import cancel_and_wait, only_kept
 
 
 class Rig:
@@ -44,7 +44,7 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig(**options: int) -> AsyncIterator[Rig]:
+async def rig(**options: int) -> AsyncGenerator[Rig]:
     """With the backlog's task running, without the clock's beats."""
     made = Rig(**options)
     await made.listener.subscribe(STREAM, made.chunks, gateway=GATEWAY)
@@ -187,8 +187,7 @@ async def test_chunks_made_while_disconnected_are_kept_and_named_later() -> None
         await it.chunks.wait(1)
         it.hub.disconnect(it.bus)
         write(writer, "b", "c")
-        while it.outbox.counters.only_kept < 2:
-            await asyncio.sleep(0)
+        await only_kept(it.outbox, 2)
         await it.outbox.tick(it.clock.now())
         it.hub.reconnect(it.bus)
         write(writer, "d")

@@ -20,7 +20,7 @@ async def test_the_size_of_headers_is_what_the_client_sends(headers: dict[str, s
     sent: list[bytes] = []
 
     class Recorder(Client):
-        async def _send_command(self, cmd: bytes, priority: bool = False) -> None:  # noqa: FBT001, FBT002
+        async def _send_command(self, cmd: bytes, priority: bool = False) -> None:
             sent.append(bytes(cmd))
 
     client = Recorder()

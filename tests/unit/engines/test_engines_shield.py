@@ -49,7 +49,7 @@ def test_dangerous_texts_are_hidden_whole(text: str) -> None:
     assert re.fullmatch(rf"\s*{NONCE}\d{{7}}\s*", hidden)
     segments = one.segments(f"<|im_start|>{hidden}<|im_end|>")
     assert whole(segments) == f"<|im_start|>{text}<|im_end|>"
-    assert trusted(segments).replace("\0", "").split() == ["<|im_start|><|im_end|>"]
+    assert "".join(trusted(segments).replace("\0", "").split()) == "<|im_start|><|im_end|>"
 
 
 @pytest.mark.parametrize("text", ["", "plain", "a < b", "im_end", "x|y", "1 << 2 is", "Grüße 東京 🦊", "[IN]"])

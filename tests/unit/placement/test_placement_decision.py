@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skulk.bus import subjects
 from skulk.cluster.view import ClusterView, NodeView
 from skulk.placement import assign, place, room
 from skulk.placement import decision as decision_module
@@ -124,10 +123,6 @@ def test_a_drained_node_takes_nothing() -> None:
 def test_every_filter_has_a_remedy_and_every_remedy_a_filter() -> None:
     assert set(decision_module._FILTERS) == set(decision_module._REMEDIES)
     assert {name for name, *_ in FILTERED} | {"draining"} == set(decision_module._FILTERS)
-
-
-def test_the_protocol_is_the_registry_s() -> None:
-    assert decision_module.PROTOCOL == subjects.PROTOCOL
 
 
 @pytest.mark.parametrize(
