@@ -175,9 +175,10 @@ class Replica:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
-            now = self._clock.now()
             if self._bus.state != "connected":
                 continue
+            # a server that has stopped answering makes everybody behind it seem silent
+            now = self._bus.heard_at
             view = without_lost(self._view, now, self._silence_from)
             heard_at = max(view.master_heard_at, self._silence_from)
             if view.master is not None and now - heard_at >= MASTER_SILENT_S:

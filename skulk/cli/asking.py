@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Final
 
 import msgspec
 
 from skulk.cli.client import ApiClient
 from skulk.errors import ServiceError
+
+# The API's own default is 1.0, at which small models ramble.
+TEMPERATURE: Final = 0.2
 
 
 class _Delta(msgspec.Struct, frozen=True):
@@ -39,18 +43,29 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     completion_tokens: int
 
 
-async def ask(client: ApiClient, model_id: str, prompt: str, write: Callable[[str], object]) -> Answer:
+async def ask(
+    client: ApiClient,
+    model_id: str,
+    prompt: str,
+    write: Callable[[str], object],
+    *,
+    temperature: float = TEMPERATURE,
+    max_tokens: int | None = None,
+) -> Answer:
     """Asks; ``write`` is given each piece of text as it comes.
 
     Raises:
         SkulkError: what the API answered, before or in the stream; ``stream_lost``: it broke off.
     """
-    body = {
+    body: dict[str, Any] = {
         "model": model_id,
         "stream": True,
         "stream_options": {"include_usage": True},
+        "temperature": temperature,
         "messages": [{"role": "user", "content": prompt}],
     }
+    if max_tokens is not None:
+        body["max_tokens"] = max_tokens
     pieces: list[str] = []
     reason, usage = "", _Usage()
     async for event in client.stream("/v1/chat/completions", body):

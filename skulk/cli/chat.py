@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -69,8 +69,10 @@ async def _answer(context: Context, client: ApiClient, model_id: str) -> int:
     return 0
 
 
-async def ask_aloud(client: ApiClient, model_id: str, prompt: str) -> Answer:
+async def ask_aloud(client: ApiClient, model_id: str, prompt: str, **options: Any) -> Answer:
     """Asks and writes each piece to stdout as it comes; a terminal gets no control characters from a model.
+
+    ``options`` are those of `ask`.
 
     Raises:
         SkulkError: as `ask`; what came until then stands on its own line.
@@ -83,7 +85,7 @@ async def ask_aloud(client: ApiClient, model_id: str, prompt: str) -> Answer:
 
     wrote: list[str] = []
     try:
-        return await ask(client, model_id, prompt, lambda piece: (wrote.append(piece), write(piece)))
+        return await ask(client, model_id, prompt, lambda piece: (wrote.append(piece), write(piece)), **options)
     finally:
         if wrote and not wrote[-1].endswith("\n"):
             write("\n")

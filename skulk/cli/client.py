@@ -1,6 +1,6 @@
 """The cluster over HTTP, as every client sees it: which address, JSON calls, streams, and errors in one sentence.
 
---api URL  >  SKULK_API  >  the running node of <home>/node.json  >  http://127.0.0.1:52415
+--api URL  >  SKULK_API  >  the running node of <home>/node.json  >  http://127.0.0.1:52415 (or SKULK_API_PORT)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from skulk.settings import Settings
 T = TypeVar("T")
 Method: TypeAlias = Literal["GET", "POST", "DELETE"]
 
-DEFAULT_URL: Final = "http://127.0.0.1:52415"
+DEFAULT_PORT: Final = 52415
 CALL_TIMEOUT_S: Final = 30.0
 PLACE_TIMEOUT_S: Final = 120.0
 # Servers send a comment at least that often; more silence than this is a dead connection.
@@ -52,7 +52,9 @@ def target_url(settings: Settings) -> str:
     if settings.api_url:
         return settings.api_url
     node = read_node_file(Path(settings.home))
-    return node.api_url if node is not None and node.api_url else DEFAULT_URL
+    if node is not None and node.api_url:
+        return node.api_url
+    return f"http://127.0.0.1:{settings.api_port or DEFAULT_PORT}"
 
 
 def client_key(settings: Settings) -> str:

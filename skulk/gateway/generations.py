@@ -4,8 +4,9 @@
               │                              └── whole: one body
               └── refused: a true status, nothing was sent
 
-After the headers an error is one event, ``data: {"error": …}``, and the stream ends without ``[DONE]``: that word says
-that the answer is whole. A client that goes away cancels the handler, and leaving `Dispatcher.begin` cancels the generation.
+After the headers an error is one event, ``data: {"error": …}``, and the stream ends without ``[DONE]``: that word
+says that the answer is whole. A client that goes away cancels the handler, and leaving `Dispatcher.begin` cancels the
+generation.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ log = logging.getLogger("skulk.gateway")
 
 Answers = Callable[[Head], Answer]
 STALLED_S: Final = 60.0
+LAST_WORD_S: Final = 1.0
 
 
 async def generate(
@@ -144,11 +146,13 @@ async def _send_error(request: web.Request, response: web.StreamResponse, error:
     request.app[METRICS].stream_errors[error.code] += 1
     log.warning("request %s: the stream ends with %s: %s", request[REQUEST_ID], error.code, error)
     try:
-        async with asyncio.timeout(2.0):
+        async with asyncio.timeout(LAST_WORD_S):
             await response.write(b"data: " + encode(envelope_of(error)) + b"\n\n")
             await response.write_eof()
     except (TimeoutError, ConnectionError):
-        response.force_close()
+        # else the server would wait for this client's buffer to empty
+        if request.transport is not None:
+            request.transport.abort()
 
 
 def _raise_failure(end: StreamEnd) -> None:

@@ -45,7 +45,7 @@ class Metrics:
         method = request.method if request.method in _METHODS else "other"
         self.requests[route, method, status] += 1
 
-    def text(self, bus: BusCounters, open_streams: int) -> str:
+    def text(self, bus: BusCounters, *, streams_open: int, waiting: int) -> str:
         """Everything in Prometheus' text format."""
         lines: list[str] = ["# TYPE skulk_http_requests_total counter"]
         lines += [
@@ -56,7 +56,11 @@ class Metrics:
         lines += [
             f'skulk_stream_errors_total{{code="{code}"}} {count}' for code, count in sorted(self.stream_errors.items())
         ]
-        gauges = {"http_requests_open": self.open_requests, "streams_open": open_streams}
+        gauges = {
+            "http_requests_open": self.open_requests,
+            "streams_open": streams_open,
+            "requests_waiting_for_load": waiting,
+        }
         totals = {
             "streams_total": self.streams,
             "chunks_total": self.chunks,

@@ -95,7 +95,10 @@ async def _history(request: web.Request, limit: int, since: int) -> tuple[EventR
 
 async def metrics(request: web.Request) -> web.Response:
     """``GET /metrics``: for Prometheus."""
-    text = request.app[METRICS].text(request.app[BUS].counters, request.app[DISPATCHER].open_runs)
+    dispatcher = request.app[DISPATCHER]
+    text = request.app[METRICS].text(
+        request.app[BUS].counters, streams_open=dispatcher.open_runs, waiting=dispatcher.waiting
+    )
     return web.Response(body=text.encode(), headers={"Content-Type": CONTENT_TYPE})
 
 

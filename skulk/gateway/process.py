@@ -13,7 +13,6 @@ import errno
 import logging
 import signal
 import socket
-import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -38,17 +37,16 @@ BACKLOG: Final = 1024
 LAST_WORDS_S: Final = 2.0
 
 
-def main() -> None:
-    """Runs one gateway until it is told to leave; the exit status is the error's."""
+def main() -> int:
+    """Runs one gateway until it is told to leave; returns the exit status."""
     try:
         spec = _read_spec()
         configure_logging(spec.log_format, spec.log_level, "gateway", secrets=secrets_of(spec))
-        status = asyncio.run(serve(spec))
+        return asyncio.run(serve(spec))
     except SkulkError as error:
         announce_error(error)
         log.error("%s", error)
-        sys.exit(error.exit_status)
-    sys.exit(status)
+        return error.exit_status
 
 
 def _read_spec() -> GatewaySpec:

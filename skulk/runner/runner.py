@@ -39,6 +39,7 @@ from skulk.wire.runner import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, RunnerSpe
 UPKEEP_S: Final = 0.5
 ENDING_S: Final = 2.0
 SETTLE_S: Final = 1.0
+FLUSH_S: Final = 0.5
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class Runner:
     Args:
         load: makes the engine, on the engine thread.
         on_ready: called once, when requests are taken.
-        on_refused: called once instead, where the model can't be loaded.
+        on_refused: called once instead, at the end, where the model can't be loaded.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Runner:
         self._stop_asked = asyncio.Event()
         self._is_hurried = False
         self._is_stuck = False
+        self._refusal: SkulkError | None = None
         self._thread_ended = asyncio.Event()
         self._preparations: set[asyncio.Task[None]] = set()
 
@@ -328,7 +330,7 @@ class Runner:
         self._on_ready(info)
 
     def _refused(self, error: SkulkError) -> None:
-        self._on_refused(error)
+        self._refusal = error
         self._failed(error, EXIT_FAILED if error.retryable else EXIT_REFUSED)
 
     def _failed(self, error: SkulkError, exit_status: int) -> None:
@@ -359,6 +361,11 @@ class Runner:
         if exit_status == EXIT_STOPPED:
             self.status.enter("stopped", active=0, waiting=0)
         await self.status.publish()
+        if self._refusal is not None:
+            # Last, for whoever hears it ends this process.
+            with contextlib.suppress(SkulkError):
+                await self._bus.flush(FLUSH_S)
+            self._on_refused(self._refusal)
         return exit_status
 
     async def _drain(self) -> None:

@@ -25,7 +25,7 @@ class PingPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """How often to ask and when to lose patience.
 
     Attributes:
-        interval_s: from one answer to the next question.
+        interval_s: from one question to the next.
         timeout_s: wait for an answer, connecting included.
         misses: so many in a row, and the server counts as dead.
         late_s: a miss noticed so much after its time was our own delay (suspend, starved loop).

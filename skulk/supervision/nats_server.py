@@ -266,10 +266,13 @@ class NatsServer:
         exited, state = child.exited, PingState()
         try:
             while not exited.done():
+                asked_at = self._clock.now()
                 state = await self._ask(connection, state)
+                pause_s = asked_at + self._ping.interval_s - self._clock.now()
                 if state.is_dead(self._ping):
                     child.kill(f"it left {state.misses} pings unanswered")
-                await asyncio.wait((exited,), timeout=self._ping.interval_s)
+                    pause_s = self._ping.interval_s  # its end may take a moment
+                await asyncio.wait((exited,), timeout=max(0.0, pause_s))
         finally:
             connection.close()
 

@@ -299,6 +299,19 @@ async def test_wrong_credentials_are_said_at_once() -> None:
             assert "refused our credentials" in refused.value.detail
 
 
+async def test_a_token_and_credentials_in_the_address_are_taken() -> None:
+    with NatsServer('authorization { token: "t0ken" }\n') as server:
+        bus = NatsBus(server.url, cluster="home", name="x", token="t0ken")
+        await bus.connect()
+        await bus.flush()
+        await bus.close()
+    with NatsServer('authorization { user: skulk, password: "right" }\n') as server:
+        bus = NatsBus(f"nats://skulk:right@127.0.0.1:{server.port}", cluster="home", name="x")
+        await bus.connect()
+        await bus.flush()
+        await bus.close()
+
+
 async def test_a_server_that_accepts_and_says_nothing_is_given_up() -> None:
     async with contextlib.AsyncExitStack() as stack:
         quiet = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)

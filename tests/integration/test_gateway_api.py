@@ -181,8 +181,7 @@ async def test_a_known_model_that_is_not_placed(gateway: Gateway) -> None:
 async def test_a_loading_model_is_waited_for(gateway: Gateway) -> None:
     runner = await gateway.serve_model(phase="loading")
     waiting = asyncio.create_task(gateway.chat())
-    while gateway.app[DISPATCHER].waiting == 0:
-        await asyncio.sleep(0)
+    await gateway.waits.wait()
     await gateway.set_phase("i1", "ready")
     assert (await waiting).status == 200
     assert len(runner.asked) == 1
@@ -221,8 +220,7 @@ async def test_a_runner_that_crashed_is_waited_for_while_it_comes_back(gateway: 
     await gateway.serve_model()
     await gateway.set_phase("i1", "failed")
     waiting = asyncio.create_task(gateway.chat())
-    while gateway.app[DISPATCHER].waiting == 0:
-        await asyncio.sleep(0)
+    await gateway.waits.wait()
     await gateway.set_phase("i1", "loading", restarts=1)
     await gateway.set_phase("i1", "ready", restarts=1)
     assert (await waiting).status == 200
@@ -239,10 +237,11 @@ async def test_an_unreachable_runner_is_asked_again_then_told(gateway: Gateway) 
 async def test_a_runner_that_is_reachable_again_within_a_second(gateway: Gateway) -> None:
     runner = await gateway.serve_model()
     await runner.die()
+    gateway.asks.clear()
     waiting = asyncio.create_task(gateway.chat())
-    async with asyncio.timeout(WAIT_S):
-        while gateway.bus.counters.requests < 2:
-            await asyncio.sleep(0.01)
+    await gateway.asks.wait()
+    gateway.asks.clear()
+    await gateway.asks.wait()
     await runner.start()
     assert (await waiting).status == 200
 
@@ -250,8 +249,7 @@ async def test_a_runner_that_is_reachable_again_within_a_second(gateway: Gateway
 async def test_a_deleted_instance_ends_the_wait(gateway: Gateway) -> None:
     await gateway.serve_model(phase="loading")
     waiting = asyncio.create_task(gateway.chat())
-    while gateway.app[DISPATCHER].waiting == 0:
-        await asyncio.sleep(0)
+    await gateway.waits.wait()
     await gateway.call("DELETE", "/instance/i1")
     assert (await waiting).error["code"] == "model_not_placed"
 
@@ -323,10 +321,10 @@ async def test_events_since(gateway: Gateway) -> None:
         (2, "instance_created"),
         (3, "instance_assigned"),
     ]
-    asked = gateway.bus.counters.requests
+    asked = gateway.cluster.histories
     assert [event["position"]["seq"] for event in (await gateway.call("GET", "/events?since=2")).json] == [3]
     assert (await gateway.call("GET", "/events?since=3")).json == []
-    assert gateway.bus.counters.requests == asked, "what the own ring has is not asked for"
+    assert gateway.cluster.histories == asked == 1, "what the own ring has is not asked for"
     assert [event["position"]["seq"] for event in (await gateway.call("GET", "/events?limit=2")).json] == [2, 3]
     for wrong in ("since=x", "since=-1", "since=1_0", "limit=0"):
         assert (await gateway.call("GET", f"/events?{wrong}")).status == 400

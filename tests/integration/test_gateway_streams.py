@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import aiohttp
 import msgspec
 import pytest
+from aiohttp import web
 
 from skulk.bus.streams import StreamWriter
 from skulk.errors import RequestError, UnavailableError
@@ -26,15 +28,26 @@ async def gateway(tmp_path: Path) -> AsyncIterator[Gateway]:
 
 
 def golden(request_id: str, created: int) -> str:
-    head = f'"id":"chatcmpl-{request_id}","object":"chat.completion.chunk","created":{created},"model":"{MODEL}"'
+    def event(choices: str, usage: str = "null") -> str:
+        return (
+            f'data: {{"id":"chatcmpl-{request_id}","object":"chat.completion.chunk","created":{created},'
+            f'"model":"{MODEL}","choices":[{choices}],"usage":{usage}}}\n\n'
+        )
+
+    def choice(delta: str, finish: str = "null") -> str:
+        return event(f'{{"index":0,"delta":{delta},"logprobs":null,"finish_reason":{finish}}}')
+
     return (
         f": command_id {request_id}\n\n"
-        f'data: {{{head},"choices":[{{"index":0,"delta":{{"role":"assistant","content":""}},"logprobs":null,"finish_reason":null}}],"usage":null}}\n\n'
-        f'data: {{{head},"choices":[{{"index":0,"delta":{{"content":"Hello"}},"logprobs":null,"finish_reason":null}}],"usage":null}}\n\n'
-        f'data: {{{head},"choices":[{{"index":0,"delta":{{"content":" world"}},"logprobs":null,"finish_reason":null}}],"usage":null}}\n\n'
-        f'data: {{{head},"choices":[{{"index":0,"delta":{{}},"logprobs":null,"finish_reason":"stop"}}],"usage":null}}\n\n'
-        f'data: {{{head},"choices":[],"usage":{{"prompt_tokens":5,"completion_tokens":2,"total_tokens":7,"prompt_tokens_details":{{"cached_tokens":1}}}}}}\n\n'
-        ': generation_stats {"prompt_tps":8.0,"generation_tps":8.0,"prompt_tokens":5,"generation_tokens":2,'
+        + choice('{"role":"assistant","content":""}')
+        + choice('{"content":"Hello"}')
+        + choice('{"content":" world"}')
+        + choice("{}", '"stop"')
+        + event(
+            "",
+            '{"prompt_tokens":5,"completion_tokens":2,"total_tokens":7,"prompt_tokens_details":{"cached_tokens":1}}',
+        )
+        + ': generation_stats {"prompt_tps":8.0,"generation_tps":8.0,"prompt_tokens":5,"generation_tokens":2,'
         '"peak_memory_usage":{"inBytes":0},"serving_batches":1,"in_flight_at_admission":0}\n\n'
         "data: [DONE]\n\n"
     )
@@ -314,13 +327,13 @@ async def test_the_requests_own_deadline(gateway: Gateway) -> None:
 
 async def test_chunks_that_are_ready_together_are_one_write(gateway: Gateway, monkeypatch: Any) -> None:
     writes: list[bytes] = []
-    write = aiohttp.web.StreamResponse.write
+    write = web.StreamResponse.write
 
     async def counted(self: Any, body: Any) -> None:
         writes.append(bytes(body))
         await write(self, body)
 
-    monkeypatch.setattr(aiohttp.web.StreamResponse, "write", counted)
+    monkeypatch.setattr(web.StreamResponse, "write", counted)
     runner = await gateway.serve_model()
 
     async def burst(_runner: FakeRunner, writer: StreamWriter) -> None:
@@ -332,6 +345,35 @@ async def test_chunks_that_are_ready_together_are_one_write(gateway: Gateway, mo
     events = events_of((await gateway.chat(stream=True)).body)
     assert sum("content" in event["choices"][0]["delta"] for event in events if isinstance(event, dict)) == 51
     assert len(writes) <= 4, "command id, the burst (in at most two parts), the tail"
+
+
+async def test_a_client_that_reads_nothing_is_given_up_and_memory_stays_bounded(
+    gateway: Gateway, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("skulk.gateway.generations.STALLED_S", 0.3)
+    monkeypatch.setattr("skulk.gateway.generations.LAST_WORD_S", 0.1)
+    runner = await gateway.serve_model()
+
+    async def flood(_runner: FakeRunner, writer: StreamWriter) -> None:
+        for _ in range(200_000):
+            if runner.cancelled.is_set():
+                return
+            writer.send(0, "x" * 1000, (1,))
+            await asyncio.sleep(0)
+
+    runner.script = flood
+    body = msgspec.json.encode(chat_body(stream=True))
+    reader, writer = await asyncio.open_connection(*gateway.address, limit=1024)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    writer.write(head.encode() + body)
+    async with asyncio.timeout(WAIT_S):
+        await runner.cancelled.wait()
+        await gateway.app[DISPATCHER].wait_idle()
+    assert gateway.app[METRICS].stream_errors["stream_lost"] == 1
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
+    del reader
 
 
 class _Named(msgspec.Struct):

@@ -6,10 +6,13 @@ from collections.abc import Callable
 
 from skulk.batching.admission import BatchShape
 from skulk.batching.apply import apply
-from skulk.batching.plan import StepBudget, plan_step
+from skulk.batching.plan import StepBudget, budget_for, plan_step
+from skulk.batching.rate import Rate, measured
 from skulk.batching.requests import BatchRequest, Emitted, Ended, Output, RequestKey
 from skulk.batching.slots import BatchState, start_waiting
 from skulk.batching.step import StepPlan, StepResult, StepRow
+from skulk.engines.protocol import Engine
+from skulk.wire.generation import Sampling
 
 END_TOKEN = 256
 
@@ -52,7 +55,7 @@ def shape_of(
 def request_of(
     name: str = "a",
     *,
-    prompt: int | bytes = 3,
+    prompt: int = 3,
     max_tokens: int = 4,
     stop: tuple[str, ...] = (),
     n: int = 1,
@@ -61,10 +64,13 @@ def request_of(
     ignore_eos: bool = False,
     emitted: bytes = b"",
     sent_characters: int = 0,
+    prompt_ids: tuple[int, ...] = (),
+    greedy: bool = False,
 ) -> BatchRequest:
     return BatchRequest(
         key=RequestKey(name, 1),
-        prompt=tuple(prompt) if isinstance(prompt, bytes) else tuple(range(prompt)),
+        prompt=prompt_ids or tuple(range(prompt)),
+        sampling=Sampling(temperature=0.0 if greedy else None),
         max_tokens=max_tokens,
         stop=stop,
         n=n,
@@ -110,6 +116,26 @@ def play(state: BatchState, draw: Draw, *, prefill_tokens: int = 64, most: int =
         if state.is_idle:
             return outputs
     raise AssertionError(f"still open after {most} steps: {state}")
+
+
+def play_engine(state: BatchState, engine: Engine) -> list[Output]:
+    """Runs a batch on an engine, on this thread, until nothing is open."""
+    outputs: list[Output] = []
+    rate = Rate()
+    while not state.is_idle:
+        started = start_waiting(state, 0.0)
+        for sequence in started.sequences:
+            engine.begin(sequence.slot, sequence.request.sampling, sequence.request.prompt, choice=sequence.choice)
+        plan = plan_step(started.state, budget_for(started.state, rate))
+        assert plan is not None
+        result = engine.run(plan)
+        rate = measured(rate, plan, result.elapsed_s)
+        changed = apply(started.state, plan, result, engine, 0.0)
+        for slot in changed.freed:
+            engine.end(slot)
+        state = changed.state
+        outputs.extend(changed.outputs)
+    return outputs
 
 
 def text_of(outputs: list[Output], name: str = "a", choice: int = 0) -> str:

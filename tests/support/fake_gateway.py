@@ -174,10 +174,8 @@ class FakeGateway:
         self.on_request: Callable[[Request], None] = lambda _: None
         self.url = ""
         self._placed = 0
-        self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="fake-gateway")
         self._started = threading.Event()
-        self._stop = asyncio.Event()
 
     def __enter__(self) -> FakeGateway:
         self._thread.start()
@@ -201,10 +199,10 @@ class FakeGateway:
         return next(request.body for request in reversed(self.requests) if request.line == line)
 
     def _run(self) -> None:
-        self._loop.run_until_complete(self._serve())
-        self._loop.close()
+        asyncio.run(self._serve())
 
     async def _serve(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         app = web.Application(middlewares=[self._note])
         app.router.add_get("/state", self._state)
         app.router.add_get("/v1/models", self._models)
@@ -213,9 +211,9 @@ class FakeGateway:
         app.router.add_post("/place_instance", self._place)
         app.router.add_delete("/instance/{id}", self._delete)
         app.router.add_post("/v1/chat/completions", self._chat)
-        runner = web.AppRunner(app, handler_cancellation=True)
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0, shutdown_timeout=0.1)
+        site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         self._started.set()

@@ -1,4 +1,4 @@
-"""A gateway on a real socket over MemoryBus, and a scripted cluster (master, node, runner) on the other side of the bus."""
+"""A gateway on a real socket over MemoryBus, and a scripted cluster (master, node, runner) beyond the bus."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from aiohttp import web
 from multidict import CIMultiDictProxy
 
 from skulk.bus.memory_bus import MemoryBus, MemoryHub
-from skulk.bus.port import Call, Service
+from skulk.bus.port import Bus, Call, Service
 from skulk.bus.streams import Outbox, StreamWriter
 from skulk.bus.subjects import (
     EVENT,
@@ -35,7 +35,7 @@ from skulk.clock import SystemClock
 from skulk.cluster.fold import fold, state_hash
 from skulk.errors import SkulkError
 from skulk.gateway.app import build_app
-from skulk.gateway.keys import REPLICA
+from skulk.gateway.keys import DISPATCHER, REPLICA
 from skulk.gateway.process import listen
 from skulk.models.catalogue import EMBEDDED_MODEL, Catalogue
 from skulk.wire.base import ErrorBody
@@ -97,7 +97,7 @@ class FakeRunner:
         held_back: accepting waits for it.
     """
 
-    def __init__(self, bus: MemoryBus, runner_id: str) -> None:
+    def __init__(self, bus: Bus, runner_id: str) -> None:
         self.bus = bus
         self.runner_id = runner_id
         self.script: Script = two_words
@@ -159,10 +159,11 @@ class FakeRunner:
 class FakeCluster:
     """One node that leads and holds what the test says."""
 
-    def __init__(self, bus: MemoryBus) -> None:
+    def __init__(self, bus: Bus) -> None:
         self.bus = bus
         self.state = ClusterState(cluster=bus.cluster)
         self.records: list[EventRecord] = []
+        self.histories = 0
         self.statuses: dict[str, RunnerStatus] = {}
         self.runners: dict[str, FakeRunner] = {}
         self.models: tuple[str, ...] = (MODEL,)
@@ -231,7 +232,7 @@ class FakeCluster:
         record = EventRecord(position=Position(term=TERM, seq=self.state.position.seq + 1), at=1000.0, event=event)
         self.state = fold(self.state, record)
         self.records.append(record)
-        await self.bus.publish(EVENT, record, kind=type(event).__struct_config__.tag, subject="x")
+        await self.bus.publish(EVENT, record, kind=str(type(event).__struct_config__.tag), subject="x")
 
     async def say(self, spoken: RunnerStatus) -> None:
         """A runner's status, as its supervisor tells it."""
@@ -278,6 +279,7 @@ class FakeCluster:
         return Snapshot(node_id=NODE, state=self.state)
 
     async def _history(self, call: Call[HistoryRequest]) -> History:
+        self.histories += 1
         wanted = [record for record in self.records if record.position.seq > call.message.since]
         return History(node_id=NODE, events=tuple(wanted[-call.message.limit :]))
 
@@ -326,6 +328,8 @@ class Gateway:
         self.bus = bus
         self.url = f"http://{address[0]}:{address[1]}"
         self.client = aiohttp.ClientSession(self.url)
+        self.waits = _event_at(app[DISPATCHER], "_wait")
+        self.asks = _event_at(bus, "request")
 
     @property
     def view(self) -> Any:
@@ -365,6 +369,18 @@ class Gateway:
         body = msgspec.json.encode(chat_body(stream=True, **fields))
         async with self.client.post("/v1/chat/completions", data=body) as response:
             yield response
+
+
+def _event_at(owner: Any, method: str) -> asyncio.Event:
+    """An event that is set when a method of ``owner`` is called."""
+    called, plain = asyncio.Event(), getattr(owner, method)
+
+    def noted(*args: Any, **named: Any) -> Any:
+        called.set()
+        return plain(*args, **named)
+
+    setattr(owner, method, noted)
+    return called
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -440,7 +456,11 @@ async def running_gateway(home: Path, **changes: Any) -> AsyncGenerator[Gateway]
     gateway = Gateway(hub, app, cluster, listening.getsockname()[:2], bus)
     try:
         await cluster.beat()
-        await gateway.sees(lambda view: view.master is not None and NODE in view.nodes)
+        await gateway.sees(
+            lambda view: (
+                view.master is not None and NODE in view.nodes and view.state.position == cluster.state.position
+            )
+        )
         yield gateway
     finally:
         await gateway.client.close()

@@ -159,6 +159,8 @@ class RunnerWorld:
         self.inbox = inbox
         self.statuses = watch
         self.gate: StepGate
+        self.hub: MemoryHub
+        self.runner_bus: MemoryBus
         self.ready: list[EngineInfo] = []
         self.refused: list[SkulkError] = []
 
@@ -276,6 +278,7 @@ async def runner_world(
     life = asyncio.create_task(runner.run(), name="runner")
     world = RunnerWorld(runner, life, bus, inbox, watch)
     world.gate, world.ready, world.refused = gate, ready, refused
+    world.hub, world.runner_bus = hub, runner_bus
     try:
         if wait_ready:
             await watch.until(lambda status: status.phase == "ready")

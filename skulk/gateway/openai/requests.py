@@ -213,7 +213,7 @@ def _text_prompt(prompt: str | list[Any]) -> Prompt:
             return TokenPrompt(tokens=_token_ids(tokens))
         case [int(), *_]:
             return TokenPrompt(tokens=_token_ids(prompt))
-        case []:
+        case [] | [[]]:
             raise RequestError("invalid_request", "prompt is empty", param="prompt")
         case [str() | list(), *_]:
             raise RequestError(

@@ -14,7 +14,6 @@ import msgspec
 import nats
 import psutil
 import pytest
-from nats.errors import Error as NatsError
 
 from skulk.errors import ServiceError, StartError
 from skulk.supervision import nats_server as nats_server_module
@@ -72,6 +71,16 @@ async def request_works(endpoint: NatsEndpoint) -> bool:
     return True
 
 
+async def answer_to_a_stranger(port: int) -> bytes:
+    """What a client without credentials is told."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    await reader.readline()
+    writer.write(b'CONNECT {"verbose": false}\r\nPING\r\n')
+    answer = await reader.readline()
+    writer.transport.abort()
+    return answer
+
+
 def taken_port() -> socket.socket:
     holder = socket.socket()
     holder.bind(("127.0.0.1", 0))
@@ -90,8 +99,7 @@ async def test_it_serves_its_own_clients_on_loopback_and_nobody_else(tmp_path: P
         assert await request_works(endpoint)
         assert endpoint == life.endpoints.get_nowait()
         assert endpoint.password not in endpoint.client_url
-        with pytest.raises(NatsError):
-            await nats.connect(endpoint.client_url, allow_reconnect=False, max_reconnect_attempts=0)
+        assert await answer_to_a_stranger(endpoint.client_port) == b"-ERR 'Authorization Violation'\r\n"
         assert life.server.pid is not None
         process = psutil.Process(life.server.pid)
         assert endpoint.password not in " ".join(process.cmdline())
@@ -103,11 +111,11 @@ async def test_it_serves_its_own_clients_on_loopback_and_nobody_else(tmp_path: P
     assert life.server.pid is None and not life.crashes
 
 
-async def test_a_server_without_routes_and_monitor_has_one_door(tmp_path: Path) -> None:
-    async with running(tmp_path, config(route_port=None, monitor_port=None)) as life:
+async def test_a_server_without_routes_monitor_and_password_has_one_door_for_all(tmp_path: Path) -> None:
+    async with running(tmp_path, config(route_port=None, monitor_port=None, client_password="")) as life:
         endpoint = await life.server.wait_ready()
         assert (endpoint.monitor_port, endpoint.route_port) == (None, None)
-        assert await request_works(endpoint)
+        assert await answer_to_a_stranger(endpoint.client_port) == b"PONG\r\n"
 
 
 @pytest.mark.parametrize(("field", "flag"), [("client_port", "--nats-port"), ("route_port", "--route-port")])
@@ -159,7 +167,9 @@ async def test_servers_join_by_a_route_that_is_added_later_without_a_break(tmp_p
         while not arrived.is_set():
             # The route comes up some milliseconds after the reload; no event on this side tells when.
             await ours.publish("hello", b"")
-            await asyncio.wait((asyncio.ensure_future(arrived.wait()),), timeout=0.05)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await arrived.wait()
         assert ours.is_connected and ours.stats["reconnects"] == 0
         assert one.server.pid == pid and await asyncio.to_thread(routes_of, here) == {"n2"}
         await ours.close()
@@ -222,16 +232,16 @@ async def test_a_folder_that_cannot_be_written_is_the_homes_fault(tmp_path: Path
 
 
 @asynccontextmanager
-async def saying(talk: list[bytes]) -> AsyncGenerator[int]:
-    """A port whose one visitor is told ``talk``."""
+async def saying(talk: list[bytes], heard: bytearray) -> AsyncGenerator[int]:
+    """A port whose one visitor is told ``talk`` and says what is ``heard``."""
     is_over = asyncio.Event()
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         for words in talk:
             writer.write(words)
         with suppress(ConnectionError):
-            while await reader.read(1000):
-                pass
+            while part := await reader.read(1000):
+                heard.extend(part)
         writer.transport.abort()
         is_over.set()
 
@@ -252,7 +262,8 @@ async def saying(talk: list[bytes]) -> AsyncGenerator[int]:
     ],
 )
 async def test_a_ping_is_answered_by_any_word_of_a_server(talk: list[bytes], lives: bool) -> None:
-    async with asyncio.timeout(5.0), saying(talk) as port:
+    heard = bytearray()
+    async with asyncio.timeout(5.0), saying(talk, heard) as port:
         connection = PingConnection(port, "u", "p")
         if lives:
             await connection.ping()
@@ -260,6 +271,7 @@ async def test_a_ping_is_answered_by_any_word_of_a_server(talk: list[bytes], liv
             with pytest.raises(OSError):
                 await connection.ping()
         connection.close()
+    assert (b"PONG\r\n" in heard) == (b"PING\r\n" in talk)
 
 
 async def test_a_ping_to_nobody_is_refused() -> None:

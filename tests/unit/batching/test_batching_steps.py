@@ -274,3 +274,24 @@ def test_every_request_ends_once_and_no_step_is_over_its_budget(
             assert ends[0].end.reason in ("stop", "length")
         assert ends[0].end.usage is not None
         assert ends[0].end.usage.prompt_tokens == prompt
+
+
+@pytest.mark.parametrize(
+    ("emitted", "sent", "text", "reason"),
+    [
+        (b"abc##", 3, "", "stop"),
+        (b"abcdef", 2, "cdef", "length"),
+        (b"ab\x80\x80\x80\x80", 0, "ab\ufffd\ufffd\ufffd\ufffd", "length"),
+    ],
+)
+def test_a_resumed_answer_that_was_complete_ends_without_a_slot(
+    emitted: bytes, sent: int, text: str, reason: str
+) -> None:
+    request = request_of(max_tokens=6, stop=("##",), emitted=emitted, sent_characters=sent)
+    changed = add(BatchState(shape=shape_of()), request, VOCABULARY, 1.0)
+    assert changed.state.is_idle
+    assert text_of(list(changed.outputs)) == text
+    end = changed.outputs[-1]
+    assert isinstance(end, Ended)
+    assert end.end.reason == reason
+    assert end.end.usage == Usage(prompt_tokens=3, completion_tokens=len(emitted))

@@ -120,7 +120,9 @@ def test_a_nonce_has_its_form() -> None:
 
 
 # Texts made of the pieces of special tokens: the worst that people could type.
-pieces = st.sampled_from(["<", "|", ">", "im", "_", "start", "end", "/", "s", "[", "INST", "]", "<|", "|>", " ", "x", "\n", "S"])
+pieces = st.sampled_from(
+    ["<", "|", ">", "im", "_", "start", "end", "/", "s", "[", "INST", "]", "<|", "|>", " ", "x", "\n", "S"]
+)
 nasty = st.lists(pieces, max_size=10).map("".join) | st.text(max_size=20)
 frames = st.sampled_from(["", " ", "\n", "<|im_start|>", "<|im_end|>", "<", "<|", "|>", ">", "<|im_", "</", "x"])
 

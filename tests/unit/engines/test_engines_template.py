@@ -139,13 +139,13 @@ class TestProcess:
         "source",
         [
             "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-            "{% set x = 7 ** (9 ** 9) %}{{ x }}",
+            "{% set x = seven ** (9 ** 9) %}{{ x }}",
             "{{ ([1] * 10000000) | sort | map('string') | sort | list | length }}" * 50,
         ],
     )
     def test_a_template_that_never_ends_is_stopped(self, renderer: Renderers, source: str) -> None:
         one = renderer(f"{{% if hostile %}}{source}{{% endif %}}fine")
-        says = failure(one, hostile=True)
+        says = failure(one, hostile=True, seven=7)
         assert "took longer than 0.3 s" in says or "memory" in says
         assert one.render({"hostile": False}, NONCE) == "fine", "the next conversation is served"
 

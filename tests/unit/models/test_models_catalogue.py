@@ -251,8 +251,12 @@ class TestVerificationCache:
     def test_a_file_that_changes_meanwhile_is_refused(self, tmp_path: Path) -> None:
         path = put(tmp_path / "f", b"abc")
         cache = VerificationCache(tmp_path / "v.json")
+
+        def change(_: int) -> None:
+            path.write_bytes(b"longer than before")
+
         with pytest.raises(RequestError, match="changed while"):
-            cache.sha256(path, lambda _: path.write_bytes(b"longer than before") and None)
+            cache.sha256(path, change)
 
     def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:
         with pytest.raises(RequestError, match="can't be read"):

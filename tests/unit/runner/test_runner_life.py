@@ -244,3 +244,30 @@ async def test_the_engine_thread_hears_of_a_stop_at_each_progress() -> None:
     async with asyncio.timeout(20.0):
         await ended.wait()
     assert [report.progress for report in reports if isinstance(report, Loading)] == [0.0], "told in steps of 1 %"
+
+
+async def test_a_defect_while_a_request_is_taken_ends_that_request_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with runner_world(tmp_path) as world:
+        with monkeypatch.context() as patched:
+            patched.setattr("skulk.bus.streams.Outbox.open", lambda *_: 1 / 0)
+            with pytest.raises(ServiceError, match="ZeroDivisionError") as failed:
+                await world.ask(generate_of("a"))
+        assert failed.value.code == "internal"
+        assert "could not be taken" in caplog.text
+        assert (await (await world.generate(generate_of("a"))).finish()).text() == fake_answer()
+
+
+async def test_a_status_that_the_bus_did_not_take_is_said_again(tmp_path: Path) -> None:
+    async with runner_world(tmp_path, options=FakeOptions(load_s=1.0), wait_ready=False) as world:
+        await world.statuses.until(lambda status: status.phase == "loading")
+        world.hub.disconnect(world.runner_bus)
+        world.gate.open()
+        async with asyncio.timeout(20.0):
+            while not world.ready:  # noqa: ASYNC110 - it can't tell while it is disconnected
+                await asyncio.sleep(0.01)
+        assert world.statuses.all[-1].phase != "ready"
+        world.hub.reconnect(world.runner_bus)
+        await world.statuses.until(lambda status: status.phase == "ready")
+        assert (await (await world.generate(generate_of())).finish()).text() == fake_answer()
