@@ -41,8 +41,9 @@ class SpecialTexts:
     """The texts of a vocabulary's special tokens, ready to be looked for. Letters of either case count."""
 
     def __init__(self, texts: Iterable[str]) -> None:
-        self._texts = tuple(sorted({text.lower() for text in texts if text.strip()}, key=len, reverse=True))
-        self._whole = re.compile("|".join(re.escape(text) for text in self._texts)) if self._texts else None
+        self._texts = frozenset(text.lower() for text in texts if text.strip())
+        first_letters = "".join(sorted({re.escape(text[0]) for text in self._texts}))
+        self._first = re.compile(f"[{first_letters}]") if first_letters else None
         self._starts = frozenset(text[:length] for text in self._texts for length in range(1, len(text)))
         self._ends = frozenset(text[length:] for text in self._texts for length in range(1, len(text)))
         self._longest = max((len(text) for text in self._texts), default=0)
@@ -55,10 +56,10 @@ class SpecialTexts:
             is_name: also when the text lies inside a special token's, as ``im_end`` does: templates put names
                 between brackets.
         """
-        if self._whole is None:
+        if self._first is None:
             return False
         lowered = text.lower()
-        if self._whole.search(lowered):
+        if any(self._stands_at(lowered, match.start()) for match in self._first.finditer(lowered)):
             return True
         variants = {lowered, lowered.strip()}
         if any(self._touches(variant) for variant in variants):
@@ -66,6 +67,16 @@ class SpecialTexts:
         return is_name and any(
             len(variant) > 1 and variant in special for variant in variants for special in self._texts
         )
+
+    def _stands_at(self, text: str, start: int) -> bool:
+        """Whether a special token's text begins here. Follows only starts of tokens: a vocabulary has thousands."""
+        for end in range(start + 1, min(len(text), start + self._longest) + 1):
+            part = text[start:end]
+            if part in self._texts:
+                return True
+            if part not in self._starts:
+                return False
+        return False
 
     def _touches(self, text: str) -> bool:
         reach = range(1, min(len(text), self._longest) + 1)

@@ -50,6 +50,8 @@ SETTLE_S: Final = 3.0
 CANCEL_WAIT_S: Final = 2.0
 MAX_WAITING: Final = 256
 MAX_ATTEMPTS: Final = 16
+# A runner that says so has not begun; after any other passing failure it may have.
+_REFUSALS: Final = ("overloaded", "draining", "instance_not_ready")
 
 
 class _Request:
@@ -190,7 +192,7 @@ class Dispatcher:
         try:
             run.accepted = await self._ask(request, run)
         except SkulkError as error:
-            await self._leave(run, may_run=error.code in ("deadline_exceeded", "runner_failed"))
+            await self._leave(run, may_run=error.retryable and error.code not in _REFUSALS)
             if not error.retryable:  # 2d
                 raise
             log.info("runner %s refused %s: %s", run.runner_id, run.request_id, error)

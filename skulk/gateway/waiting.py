@@ -65,6 +65,6 @@ def death_of(view: ClusterView, known: RunnerStatus) -> ServiceError | None:
     if status.restarts > known.restarts:
         return ServiceError("runner_failed", f"{name} died and was started again; send the request again")
     if status.phase in ("failed", "refused", "stopped"):
-        reason = "it was stopped" if status.error is None else status.error.detail
-        return ServiceError("runner_failed", f"{name} ended: {reason}")
+        # a supervisor's sentence names the runner itself
+        return ServiceError("runner_failed", f"{name} was stopped" if status.error is None else status.error.detail)
     return None

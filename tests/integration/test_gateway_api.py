@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from skulk.errors import RequestError
+from skulk.errors import RequestError, UnavailableError
 from skulk.gateway.keys import DISPATCHER, REPLICA
 from skulk.gateway.routes import ROUTES
 from skulk.wire.base import ErrorBody
@@ -99,6 +99,18 @@ async def test_without_a_master_placing_is_503_and_reading_goes_on(gateway: Gate
     gateway.cluster.leads = True
     await gateway.sees(lambda view: view.master is not None)
     assert (await gateway.call("GET", "/ready")).status == 200
+
+
+async def test_a_change_of_masters_is_waited_out_under_one_command_id(gateway: Gateway) -> None:
+    gateway.cluster.refusal = UnavailableError("not_master", "not the master any more")
+    placing = asyncio.create_task(gateway.call("POST", "/place_instance", {"model_id": MODEL}))
+    async with asyncio.timeout(WAIT_S):
+        for _ in range(2):
+            await gateway.asks.wait()
+            gateway.asks.clear()
+    gateway.cluster.refusal = None
+    assert (await placing).status == 200
+    assert len({command.command_id for command in gateway.cluster.placed}) == 1
 
 
 async def test_an_instance_is_shown_and_deleted(gateway: Gateway) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 import socket
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -236,62 +235,11 @@ async def test_what_a_user_types_stays_text(node: WholeNode) -> None:
     told, plain = await node.call(
         "POST", "/v1/chat/completions", {"model": MODEL, "messages": QUESTION, "max_tokens": 1, "temperature": 0}
     )
-    assert told == 200
+    assert told == 200, plain
     typed = [{"role": "user", "content": "Name three rivers.<|im_end|>"}]
     told, marked = await node.call(
         "POST", "/v1/chat/completions", {"model": MODEL, "messages": typed, "max_tokens": 1, "temperature": 0}
     )
-    assert told == 200
+    assert told == 200, marked
     # one special token would add one; the seven letters and signs of its text add several
     assert marked["usage"]["prompt_tokens"] - plain["usage"]["prompt_tokens"] > 3
-
-
-@pytest.mark.asyncio(loop_scope="function")
-async def test_ctrl_c_leaves_nothing_and_a_restart_brings_the_placement_back(tmp_path: Path) -> None:
-    async with whole_node(tmp_path, "--place", MODEL) as first:
-        instance_id = await first.wait_ready()
-        assert await first.stop(signal.SIGINT) == 0
-        assert not (tmp_path / "node.json").exists()
-    async with whole_node(tmp_path) as again:
-        assert await again.wait_ready() == instance_id
-        assert len((await again.state())["instances"]) == 1
-
-
-@pytest.mark.asyncio(loop_scope="function")
-async def test_children_die_with_a_killed_launcher(tmp_path: Path) -> None:
-    async with whole_node(tmp_path, "--place", MODEL) as running:
-        await running.wait_ready()
-        children = [psutil.Process(pid) for pid in running.children().values()]
-        assert len(children) == 3
-        await running.stop(signal.SIGKILL)
-        _, alive = await asyncio.to_thread(psutil.wait_procs, children, 10.0)
-        assert not alive
-
-
-def test_chat_without_a_cluster_starts_a_private_one_and_cleans_up(tmp_path: Path) -> None:
-    before = {process.pid for process in psutil.process_iter()}
-    done = skulk(tmp_path, "chat", "Name three rivers.", timeout_s=120.0)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
-    left = [
-        process.cmdline()
-        for process in psutil.process_iter()
-        if process.pid not in before and any("skulk" in part or "nats-server" in part for part in process.cmdline())
-    ]
-    assert not left
-    assert not (tmp_path / "node.json").exists()
-
-
-def test_an_unknown_model_to_place_is_told_at_the_start(tmp_path: Path) -> None:
-    done = skulk(tmp_path, "up", "--local", *FREE_PORTS, "--place", "no/such")
-    assert done.returncode == 1
-    assert "no/such" in done.stderr
-
-
-def test_a_broken_model_file_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    folder = tmp_path / "models" / "org" / "broken"
-    folder.mkdir(parents=True)
-    (folder / "broken-Q4_0.gguf").write_bytes(b"not a model at all" * 100)
-    done = skulk(tmp_path, "up", "--local", *FREE_PORTS, "--place", "org/broken")
-    assert done.returncode == 1
-    assert "broken-Q4_0.gguf" in done.stderr

@@ -30,7 +30,7 @@ def test_every_command_has_a_module_and_help(call: Call):
     for entry in COMMANDS:
         assert callable(import_module(f"skulk.cli.{entry.module}").run)
         assert f"    {entry.name} " in listed
-        assert entry.help in call(entry.name, "--help").out.replace("\n", " ").lower() or entry.help[1:] in listed
+        assert entry.help in " ".join(listed.split())
     for name in CHILDREN:
         assert name not in listed
 

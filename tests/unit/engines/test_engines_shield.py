@@ -112,6 +112,21 @@ def test_a_vocabulary_without_special_tokens_hides_nothing() -> None:
     assert one.hide("<|im_end|>") == "<|im_end|>"
 
 
+def test_one_token_may_be_the_start_of_another() -> None:
+    specials = SpecialTexts(["<a>b", "<a>", "^]", "-", "\\d"])
+    for text in ("x <a> y", "<a>bc", "2^]", "a-b", "a\\d"):
+        assert specials.is_dangerous(text), text
+    for text in ("abc", "12", "x a> y"):
+        assert not specials.is_dangerous(text), text
+
+
+def test_a_long_text_in_a_vocabulary_of_thousands_is_looked_through_once() -> None:
+    """No timing is asserted: a search that tries every token everywhere would outlast anybody's patience."""
+    specials = SpecialTexts(f"<unused{number}>" for number in range(6000))
+    assert not specials.is_dangerous("<unuse " * 100_000 + "x")
+    assert specials.is_dangerous("<" * 300_000 + "unused17> x")
+
+
 def test_a_nonce_has_its_form() -> None:
     assert len(NONCE) == NONCE_DIGITS
     for wrong in ("1" * 39, "x" * 40):

@@ -64,88 +64,91 @@ def view_of(**phases: Any) -> ClusterView:
     )
 
 
-def test_the_whole_state() -> None:
-    rendered = state_json(view_of(), {"org/model": card()}, now=100.0, wall=1_700_000_005.0)
-    assert msgspec.json.decode(msgspec.json.encode(rendered)) == {
-        "instances": {
-            "i1": {
-                "MlxRingInstance": {
-                    "instanceId": "i1",
-                    "shardAssignments": {
-                        "modelId": "org/model",
-                        "nodeToRunner": {"aaaa": "i1-1"},
-                        "runnerToShard": {"i1-1": shard("llama_cpp-cpu")},
-                    },
-                    "contextTokenLimit": 4096,
-                    "phase": "ready",
-                    "reason": "",
-                    "createdAt": 0.0,
-                    "nParallel": 4,
-                    "kvCells": 4096,
-                    "reservedBytes": 300_000_000,
-                    "loadedContextLength": 0,
-                }
+STATE_JSON: dict[str, Any] = {
+    "instances": {
+        "i1": {
+            "MlxRingInstance": {
+                "instanceId": "i1",
+                "shardAssignments": {
+                    "modelId": "org/model",
+                    "nodeToRunner": {"aaaa": "i1-1"},
+                    "runnerToShard": {"i1-1": shard("llama_cpp-cpu")},
+                },
+                "contextTokenLimit": 4096,
+                "phase": "ready",
+                "reason": "",
+                "createdAt": 0.0,
+                "nParallel": 4,
+                "kvCells": 4096,
+                "reservedBytes": 300_000_000,
+                "loadedContextLength": 0,
             }
-        },
-        "runners": {"i1-1": {"RunnerReady": {}}},
-        "downloads": {"aaaa": [{"DownloadCompleted": {"shardMetadata": shard(""), "total": {"inBytes": 100_000_000}}}]},
-        "topology": {"nodes": ["aaaa"], "connections": {"aaaa": {"bbbb": []}}},
-        "nodeIdentities": {
-            "aaaa": {
-                "friendlyName": "host-aaaa",
-                "hostname": "aaaa",
-                "skulkVersion": "0.1.0",
-                "skulkCommit": "",
-                "osVersion": "Linux",
-                "architecture": "x86_64",
-                "chipId": "test",
-                "role": "full",
-                "api": None,
-            }
-        },
-        "nodeMemory": {
-            "aaaa": {
-                "ramTotal": {"inBytes": 16 * 1024**3},
-                "ramAvailable": {"inBytes": 16 * 1024**3},
-                "usable": {"inBytes": 16 * 1024**3},
-            }
-        },
-        "nodeSystem": {
-            "aaaa": {
-                "accelerator": {
+        }
+    },
+    "runners": {"i1-1": {"RunnerReady": {}}},
+    "downloads": {"aaaa": [{"DownloadCompleted": {"shardMetadata": shard(""), "total": {"inBytes": 100_000_000}}}]},
+    "topology": {"nodes": ["aaaa"], "connections": {"aaaa": {"bbbb": []}}},
+    "nodeIdentities": {
+        "aaaa": {
+            "friendlyName": "host-aaaa",
+            "hostname": "aaaa",
+            "skulkVersion": "0.1.0",
+            "skulkCommit": "",
+            "osVersion": "Linux",
+            "architecture": "x86_64",
+            "chipId": "test",
+            "role": "full",
+            "api": None,
+        }
+    },
+    "nodeMemory": {
+        "aaaa": {
+            "ramTotal": {"inBytes": 16 * 1024**3},
+            "ramAvailable": {"inBytes": 16 * 1024**3},
+            "usable": {"inBytes": 16 * 1024**3},
+        }
+    },
+    "nodeSystem": {
+        "aaaa": {
+            "accelerator": {
+                "vendor": "amd",
+                "name": "Radeon 8060S",
+                "vramTotalBytes": 1,
+                "vramUsedBytes": 2,
+                "gttTotalBytes": 3,
+            },
+            "accelerators": [
+                {
                     "vendor": "amd",
                     "name": "Radeon 8060S",
                     "vramTotalBytes": 1,
                     "vramUsedBytes": 2,
                     "gttTotalBytes": 3,
-                },
-                "accelerators": [
-                    {
-                        "vendor": "amd",
-                        "name": "Radeon 8060S",
-                        "vramTotalBytes": 1,
-                        "vramUsedBytes": 2,
-                        "gttTotalBytes": 3,
-                    }
-                ],
-                "physicalCores": 2,
-                "load": 0.5,
-            }
-        },
-        "nodeDisk": {"aaaa": {"total": {"inBytes": 100 * 1024**3}, "available": {"inBytes": 50 * 1024**3}}},
-        "nodeHealth": {
-            "aaaa": {
-                "level": "warn",
-                "reasons": [{"code": "no_gpu", "message": "CPU only", "remediation": "reinstall"}],
-            }
-        },
-        "nodeBackends": {"aaaa": ["llama_cpp", "llama_cpp-cpu"]},
-        "lastSeen": {"aaaa": "2023-11-14T22:13:20+00:00"},
-        "lastEventAppliedIdx": 7,
-        "master": "aaaa",
-        "term": 1,
-        "draining": [],
-    }
+                }
+            ],
+            "physicalCores": 2,
+            "load": 0.5,
+        }
+    },
+    "nodeDisk": {"aaaa": {"total": {"inBytes": 100 * 1024**3}, "available": {"inBytes": 50 * 1024**3}}},
+    "nodeHealth": {
+        "aaaa": {
+            "level": "warn",
+            "reasons": [{"code": "no_gpu", "message": "CPU only", "remediation": "reinstall"}],
+        }
+    },
+    "nodeBackends": {"aaaa": ["llama_cpp", "llama_cpp-cpu"]},
+    "lastSeen": {"aaaa": "2023-11-14T22:13:20+00:00"},
+    "lastEventAppliedIdx": 7,
+    "master": "aaaa",
+    "term": 1,
+    "draining": [],
+}
+
+
+def test_the_whole_state() -> None:
+    rendered = state_json(view_of(), {"org/model": card()}, now=100.0, wall=1_700_000_005.0)
+    assert msgspec.json.decode(msgspec.json.encode(rendered)) == STATE_JSON
 
 
 def test_an_empty_view() -> None:
@@ -226,8 +229,11 @@ def test_the_views_word_for_a_death() -> None:
     view = view_of()
     assert death_of(view, known) is None
     for change, word in (
-        ({"phase": "failed"}, "ended"),
-        ({"phase": "stopped"}, "it was stopped"),
+        (
+            {"phase": "failed", "error": ErrorBody(code="runner_failed", detail="killed by SIGKILL")},
+            "killed by SIGKILL",
+        ),
+        ({"phase": "stopped"}, "was stopped"),
         ({"restarts": 1}, "started again"),
     ):
         now = msgspec.structs.replace(known, **change)

@@ -1,0 +1,60 @@
+"""How a node starts and ends: restarts, kills, private clusters, and what it refuses at the start."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+
+import psutil
+
+from tests.support.whole_node import FREE_PORTS, MODEL, skulk, whole_node
+
+
+async def test_ctrl_c_leaves_nothing_and_a_restart_brings_the_placement_back(tmp_path: Path) -> None:
+    async with whole_node(tmp_path, "--place", MODEL) as first:
+        instance_id = await first.wait_ready()
+        assert await first.stop(signal.SIGINT) == 0
+        assert not (tmp_path / "node.json").exists()
+    async with whole_node(tmp_path) as again:
+        assert await again.wait_ready() == instance_id
+        assert len((await again.state())["instances"]) == 1
+
+
+async def test_children_die_with_a_killed_launcher(tmp_path: Path) -> None:
+    async with whole_node(tmp_path, "--place", MODEL) as running:
+        await running.wait_ready()
+        children = [psutil.Process(pid) for pid in running.children().values()]
+        assert len(children) == 3
+        await running.stop(signal.SIGKILL)
+        _, alive = await asyncio.to_thread(psutil.wait_procs, children, 10.0)
+        assert not alive
+
+
+def test_chat_without_a_cluster_starts_a_private_one_and_cleans_up(tmp_path: Path) -> None:
+    before = {process.pid for process in psutil.process_iter()}
+    done = skulk(tmp_path, "chat", "Name three rivers.", timeout_s=120.0)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    left = [
+        process.cmdline()
+        for process in psutil.process_iter()
+        if process.pid not in before and any("skulk" in part or "nats-server" in part for part in process.cmdline())
+    ]
+    assert not left
+    assert not (tmp_path / "node.json").exists()
+
+
+def test_an_unknown_model_to_place_is_told_at_the_start(tmp_path: Path) -> None:
+    done = skulk(tmp_path, "up", "--local", *FREE_PORTS, "--place", "no/such")
+    assert done.returncode == 1
+    assert "no/such" in done.stderr
+
+
+def test_a_broken_model_file_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "org" / "broken"
+    folder.mkdir(parents=True)
+    (folder / "broken-Q4_0.gguf").write_bytes(b"not a model at all" * 100)
+    done = skulk(tmp_path, "up", "--local", *FREE_PORTS, "--place", "org/broken")
+    assert done.returncode == 1
+    assert "broken-Q4_0.gguf" in done.stderr
