@@ -134,6 +134,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
         "port that serves weights to neighbours (default: 52417; off with --local)",
         flag="--files-port",
         metavar="PORT",
+        unserved="weights are not served to neighbours yet",
     ),
     _option(
         "bootstrap_peers",
@@ -142,6 +143,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
         "routes of nodes to dial, host[:port] separated by commas",
         flag="--bootstrap-peers",
         metavar="LIST",
+        unserved="nodes don't join each other yet",
     ),
     _option(
         "mdns",
@@ -226,6 +228,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
         "SKULK_IDLE_TTL",
         SECONDS,
         "after this long without a request a model placed on demand is unloaded (default: 600)",
+        unserved="no idle model is unloaded yet",
     ),
     _option(
         "replace_after_s",
@@ -238,6 +241,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
         "SKULK_AUTO_PLACE",
         choice("cached", "any", "off"),
         "which models a request may place on demand (default: cached)",
+        unserved="requests place no model on demand yet",
     ),
     _option(
         "backends",

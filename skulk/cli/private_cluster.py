@@ -69,7 +69,7 @@ async def private_cluster(
 
 
 def _spec(home: Path, environ: Mapping[str, str], model_id: str, program: tuple[str, ...]) -> ChildSpec:
-    ports = [word for name in ("api", "nats", "route", "files") for word in (f"--{name}-port", "0")]
+    ports = [word for name in ("api", "nats", "route") for word in (f"--{name}-port", "0")]
     return ChildSpec(
         name="the private node",
         argv=(*program, "up", "--local", "--home", str(home), *ports, "--place", model_id),

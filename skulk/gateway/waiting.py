@@ -62,9 +62,9 @@ def death_of(view: ClusterView, known: RunnerStatus) -> ServiceError | None:
     name = f"the runner {known.runner_id}"
     if status is None:
         return ServiceError("runner_failed", f"{name} is gone: it was stopped, or its node {known.node_id} was lost")
-    if status.restarts > known.restarts:
-        return ServiceError("runner_failed", f"{name} died and was started again; send the request again")
     if status.phase in ("failed", "refused", "stopped"):
         # a supervisor's sentence names the runner itself
         return ServiceError("runner_failed", f"{name} was stopped" if status.error is None else status.error.detail)
+    if status.restarts > known.restarts:
+        return ServiceError("runner_failed", f"{name} died and was started again; send the request again")
     return None

@@ -123,7 +123,7 @@ class Hosting:
         """A runner's own word about itself; what others say about runners that aren't here is ignored."""
         runner = self._runners.get(status.runner_id)
         if runner is not None and status.since >= runner.status.since and not runner.is_stopping:
-            runner.status = msgspec.structs.replace(status, restarts=runner.status.restarts)
+            runner.status = msgspec.structs.replace(status, restarts=max(status.restarts, runner.status.restarts))
 
     async def run(self) -> None:
         """Starts and stops runners until cancelled; then stops all of them."""

@@ -164,4 +164,6 @@ class SupervisedRunner:
         final = crash.decision if isinstance(crash.decision, GiveUp) else None
         detail = crash.detail if final is None else final.detail
         error = lost_process(detail) if crash.code == "child_failed" else ErrorBody(code=crash.code, detail=detail)
-        self._report(ProcessReport(error=error, restarts=self._supervised.restarts, is_final=final is not None))
+        # the supervisor counts a restart when it begins; everybody else counts the life that follows this one
+        restarts = self._supervised.restarts + (final is None)
+        self._report(ProcessReport(error=error, restarts=restarts, is_final=final is not None))

@@ -94,7 +94,7 @@ def test_it_answers_and_leaves_nothing(call: Call, homes: Path, tmp_path: Path, 
     settings = note["settings"]
     assert settings["home"].startswith(str(homes))
     assert (settings["local"], settings["place"], settings["api_host"]) == (True, [fake.MODEL], "127.0.0.1")
-    assert [settings[f"{name}_port"] for name in ("api", "nats", "route", "files")] == [0, 0, 0, 0]
+    assert [settings[f"{name}_port"] for name in ("api", "nats", "route")] == [0, 0, 0]
     assert (settings["threads"], settings["parallel"], settings["models_path"]) == (3, 2, ["/mnt/models"])
     assert settings["models_dir"] == str(tmp_path / "own" / "models")
     assert settings["api_keys"] == []

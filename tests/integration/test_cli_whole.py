@@ -15,7 +15,7 @@ from tests.support.child_processes import no_process_left
 from tests.support.command_line import caller, command, process_environ
 
 START_S = 180.0
-FREE_PORTS = ("--api-port", "0", "--nats-port", "0", "--route-port", "0", "--files-port", "0")
+FREE_PORTS = ("--api-port", "0", "--nats-port", "0", "--route-port", "0")
 
 
 def test_a_node_and_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
