@@ -37,9 +37,7 @@ def greedy_text(tmp_path: Path) -> str:
     """What llama-cpp-python itself answers to the question."""
     catalogue = Catalogue(tmp_path, verified_file=tmp_path / "verified.json")
     catalogue.rescan()
-    llama = Llama(
-        str(catalogue.path_of(MODEL)), n_ctx=2048, n_batch=512, flash_attn=True, verbose=False, n_threads=2
-    )
+    llama = Llama(str(catalogue.path_of(MODEL)), n_ctx=2048, n_batch=512, flash_attn=True, verbose=False, n_threads=2)
     try:
         answer: Any = llama.create_chat_completion(
             messages=QUESTION,  # pyright: ignore[reportArgumentType]
@@ -124,16 +122,17 @@ async def test_everything_on_the_bus_is_readable_json_and_the_services_answer(no
     client = await nats.connect(node.facts["nats_url"])
     try:
         seen: dict[str, Any] = {}
+        has_beats = asyncio.Event()
 
         async def note(message: Any) -> None:
             seen.setdefault(".".join(message.subject.split(".")[3:5]), json.loads(message.data))
+            if {"beat.node", "beat.master", "beat.gateway"} <= seen.keys():
+                has_beats.set()
 
         await client.subscribe("skulk.>", cb=note)
         async for _ in node.stream(QUESTION, temperature=0, max_tokens=8):
             pass
-        async with asyncio.timeout(5.0):
-            while not {"beat.node", "beat.master", "beat.gateway"} <= seen.keys():
-                await asyncio.sleep(0.05)
+        await asyncio.wait_for(has_beats.wait(), 5.0)
         chunk = next(message for plane, message in seen.items() if plane.startswith("stream."))
         assert {"request_id", "attempt", "seq", "text", "tokens"} <= chunk.keys()
         assert seen["beat.node"]["tags"] == ["llama_cpp", "llama_cpp-cpu"]

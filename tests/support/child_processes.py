@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def await_gone(pid: int, timeout_s: float = GONE_S) -> bool:
 
 
 @contextmanager
-def no_process_left() -> Iterator[None]:
+def no_process_left() -> Generator[None]:
     """Fail when the block leaves a process that it started; kills it first."""
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     yield
