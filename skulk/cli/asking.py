@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import aclosing
 from typing import Any, Final
 
 import msgspec
@@ -10,8 +11,10 @@ import msgspec
 from skulk.cli.client import ApiClient
 from skulk.errors import ServiceError
 
-# The API's own default is 1.0, at which small models ramble.
-TEMPERATURE: Final = 0.2
+# The API's own default is 1.0, at which small models ramble; so the same question has the same answer, too.
+TEMPERATURE: Final = 0.0
+# Some small models never end. Not sent as max_tokens: an instance with a smaller window would refuse that.
+LIMIT: Final = 1024
 
 
 class _Delta(msgspec.Struct, frozen=True):
@@ -49,10 +52,11 @@ async def ask(
     prompt: str,
     write: Callable[[str], object],
     *,
-    temperature: float = TEMPERATURE,
-    max_tokens: int | None = None,
+    limit: int = LIMIT,
 ) -> Answer:
-    """Asks; ``write`` is given each piece of text as it comes.
+    """Asks, greedily; ``write`` is given each piece of text as it comes.
+
+    After ``limit`` pieces (about one a token) it hangs up, which cancels the rest; its reason is ``length``.
 
     Raises:
         SkulkError: what the API answered, before or in the stream; ``stream_lost``: it broke off.
@@ -61,24 +65,23 @@ async def ask(
         "model": model_id,
         "stream": True,
         "stream_options": {"include_usage": True},
-        "temperature": temperature,
+        "temperature": TEMPERATURE,
         "messages": [{"role": "user", "content": prompt}],
     }
-    if max_tokens is not None:
-        body["max_tokens"] = max_tokens
     pieces: list[str] = []
     reason, usage = "", _Usage()
-    async for event in client.stream("/v1/chat/completions", body):
-        try:
-            chunk = msgspec.json.decode(event.encode(), type=_Chunk)
-        except msgspec.DecodeError as error:
-            raise ServiceError("stream_lost", f"{client.url} sent an event that is no chat chunk: {error}") from error
-        usage = chunk.usage or usage
-        for choice in chunk.choices:
-            reason = choice.finish_reason or reason
-            if choice.delta.content:
-                pieces.append(choice.delta.content)
-                write(choice.delta.content)
+    async with aclosing(client.stream("/v1/chat/completions", body)) as events:
+        async for event in events:
+            chunk = _chunk(client, event)
+            usage = chunk.usage or usage
+            for choice in chunk.choices:
+                reason = choice.finish_reason or reason
+                if choice.delta.content:
+                    pieces.append(choice.delta.content)
+                    write(choice.delta.content)
+            if len(pieces) >= limit and not reason:
+                reason = "length"
+                break
     if not reason:
         raise ServiceError("stream_lost", f"{client.url} ended the answer without saying why it ended.")
     return Answer(
@@ -86,5 +89,12 @@ async def ask(
         content="".join(pieces),
         finish_reason=reason,
         prompt_tokens=usage.prompt_tokens,
-        completion_tokens=usage.completion_tokens,
+        completion_tokens=usage.completion_tokens or len(pieces),
     )
+
+
+def _chunk(client: ApiClient, event: str) -> _Chunk:
+    try:
+        return msgspec.json.decode(event.encode(), type=_Chunk)
+    except msgspec.DecodeError as error:
+        raise ServiceError("stream_lost", f"{client.url} sent an event that is no chat chunk: {error}") from error

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
-from skulk.cli.asking import Answer, ask
+from skulk.cli.asking import LIMIT, Answer, ask
 from skulk.cli.client import ApiClient, connect
 from skulk.cli.context import Context, note, print_json, printable_stream
 from skulk.cli.interruptible import run_interruptible
@@ -65,14 +65,12 @@ async def _answer(context: Context, client: ApiClient, model_id: str) -> int:
     else:
         answer = await ask_aloud(client, model_id, context.arguments.prompt)
     if answer.finish_reason == "length":
-        note("the answer was cut off: it reached the longest that this instance serves")
+        note("the answer was cut off: it reached the window of the instance, or what this command waits for")
     return 0
 
 
-async def ask_aloud(client: ApiClient, model_id: str, prompt: str, **options: Any) -> Answer:
+async def ask_aloud(client: ApiClient, model_id: str, prompt: str, *, limit: int = LIMIT) -> Answer:
     """Asks and writes each piece to stdout as it comes; a terminal gets no control characters from a model.
-
-    ``options`` are those of `ask`.
 
     Raises:
         SkulkError: as `ask`; what came until then stands on its own line.
@@ -85,7 +83,7 @@ async def ask_aloud(client: ApiClient, model_id: str, prompt: str, **options: An
 
     wrote: list[str] = []
     try:
-        return await ask(client, model_id, prompt, lambda piece: (wrote.append(piece), write(piece)), **options)
+        return await ask(client, model_id, prompt, lambda piece: (wrote.append(piece), write(piece)), limit=limit)
     finally:
         if wrote and not wrote[-1].endswith("\n"):
             write("\n")

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
@@ -123,7 +123,7 @@ class ApiClient:
         """DELETE ``path``; raises as `get`."""
         return await self._json("DELETE", self._address(path), kind)
 
-    async def stream(self, path: str, body: Any) -> AsyncIterator[str]:
+    async def stream(self, path: str, body: Any) -> AsyncGenerator[str]:
         """POST a JSON body and yield the ``data`` of each server-sent event; ends with ``[DONE]`` or the connection.
 
         Raises:

@@ -33,7 +33,7 @@ from skulk.wire.commands import PlacementReply
 log = logging.getLogger("skulk.cli")
 
 GREETING: Final = "Name three rivers."
-GREETING_TOKENS: Final = 128
+GREETING_LIMIT: Final = 128
 PLACE_WAIT_S: Final = 60.0
 HURRY_S: Final = 0.2
 
@@ -180,7 +180,7 @@ async def _greet(settings: Settings, url: str) -> None:
         instances = await wait_for_instance(client, model_id, timeout_s=PLACE_WAIT_S)
         await wait_ready(client, instances, note)
         print(f"\n> {GREETING}", flush=True)
-        await ask_aloud(client, model_id, GREETING, temperature=0.0, max_tokens=GREETING_TOKENS)
+        await ask_aloud(client, model_id, GREETING, limit=GREETING_LIMIT)
         print(flush=True)
 
 

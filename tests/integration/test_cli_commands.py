@@ -220,7 +220,7 @@ def test_chat_with_a_ready_model(call: Call, gateway: fake.FakeGateway):
         "model": fake.MODEL,
         "stream": True,
         "stream_options": {"include_usage": True},
-        "temperature": 0.2,
+        "temperature": 0.0,
         "messages": [{"role": "user", "content": "Name three rivers."}],
     }
     assert "POST /place_instance" not in gateway.lines
@@ -269,6 +269,15 @@ def test_chat_ends_with_a_stream_that_breaks_off(call: Call, gateway: fake.FakeG
     gateway.breaks_off = False
     gateway.chunks = [fake.chunk("Nile")]
     assert "without saying why" in call("chat", "Rivers?").err
+
+
+def test_a_model_that_never_ends_is_hung_up_on(call: Call, gateway: fake.FakeGateway):
+    gateway.chunks = fake.answer_chunks(*["la "] * 2000)
+    answer = call("chat", "--json", "Rivers?")
+    told = json.loads(answer.out)
+    assert (told["content"], told["finish_reason"], told["completion_tokens"]) == ("la " * 1024, "length", 1024)
+    assert "cut off" in answer.err
+    assert "max_tokens" not in gateway.body_of("POST /v1/chat/completions")
 
 
 def test_an_answer_may_hold_what_looks_like_an_error(call: Call, gateway: fake.FakeGateway):
