@@ -154,9 +154,16 @@ async def _preview(request: web.Request) -> tuple[PlacementRequest, PlacementDec
         min_nodes=_one_node(whole_number(request, "min_nodes", 1, low=1, high=MAX_NODES)),
         excluded_nodes=tuple(query.getall("excluded_node_ids", []))[:MAX_NODES],
         node_ids=tuple(query.getall("node_ids", []))[:MAX_NODES],
+        context_length=_count(request, "context_length"),
+        n_parallel=_count(request, "n_parallel"),
     )
     question = PreviewPlacement(request=wanted)
     return wanted, await request.app[MASTERS].ask(MASTER_PREVIEW, question, timeout_s=PREVIEW_WAIT_S)
+
+
+def _count(request: web.Request, name: str) -> int | None:
+    """A count in the query; None where it isn't there."""
+    return whole_number(request, name, 1, low=1, high=2**31 - 1) if name in request.query else None
 
 
 def _instance(request: web.Request) -> Instance:

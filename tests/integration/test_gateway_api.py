@@ -140,6 +140,15 @@ async def test_a_preview_sent_back_becomes_that_very_instance(gateway: Gateway) 
     assert wanted in (await gateway.call("GET", "/state")).json["instances"]
 
 
+async def test_a_preview_asks_for_the_context_it_was_asked_for(gateway: Gateway) -> None:
+    answer = await gateway.call("GET", f"/instance/previews?model_id={MODEL}&context_length=1024&n_parallel=2")
+    assert answer.status == 200
+    request = gateway.cluster.previewed[0].request
+    assert (request.context_length, request.n_parallel) == (1024, 2)
+    refused = await gateway.call("GET", f"/instance/previews?model_id={MODEL}&context_length=none")
+    assert (refused.status, refused.error["param"]) == (400, "context_length")
+
+
 async def test_a_preview_that_fits_nowhere(gateway: Gateway) -> None:
     gateway.cluster.decision = PlacementDecision(
         outcome="unplaceable",
