@@ -160,7 +160,7 @@ class LlamaCppEngine:
                 self.run(StepPlan(rows=(row,)))
         finally:
             self.end(0)
-        self._lib.llama_memory_clear(self._memory, True)
+        self._lib.llama_memory_clear(self._memory, False)
 
     def close(self) -> None:
         """See `Engine.close`; a second call does nothing."""
