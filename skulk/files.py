@@ -27,7 +27,7 @@ def disk_full_error(path: Path, error: OSError) -> ServiceError:
     return ServiceError(
         "disk_full",
         f"No room left on the disk for {path}: {_free_text(path)}{quota}. "
-        "Free some space there (`skulk remove` deletes models), or choose another folder with --home.",
+        "Free some space there (models take the most), or choose another folder with --home.",
     )
 
 

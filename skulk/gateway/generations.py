@@ -174,7 +174,9 @@ def stats_of(request: web.Request, run: Run, end: StreamEnd) -> Stats:
     """The statistics of an ended run."""
     status = request.app[REPLICA].view.runners.get(run.runner_id, run.status)
     usage, timings = end.usage, end.timings
-    prompt = run.accepted.prompt_tokens if run.accepted is not None else 0
+    accepted = run.accepted
+    prompt = 0 if accepted is None else accepted.prompt_tokens
+    in_flight = 0 if accepted is None else accepted.in_flight
     computed = prompt if usage is None else usage.prompt_tokens - usage.cached_tokens
     generated = 0 if usage is None else usage.completion_tokens
     return Stats(
@@ -183,8 +185,8 @@ def stats_of(request: web.Request, run: Run, end: StreamEnd) -> Stats:
         prompt_tokens=prompt if usage is None else usage.prompt_tokens,
         generation_tokens=generated,
         peak_memory_usage=Bytes(in_bytes=status.memory_bytes),
-        serving_batches=max(1, status.active),
-        in_flight_at_admission=run.status.active + run.status.waiting,
+        serving_batches=in_flight + 1,
+        in_flight_at_admission=in_flight,
     )
 
 

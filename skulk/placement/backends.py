@@ -32,12 +32,6 @@ def parse_tag(text: str) -> Tag | None:
     return None if match is None else Tag(match["engine"], match["compute"] or "")
 
 
-def is_cpu(tag: str) -> bool:
-    """Whether a backend computes on the CPU, out of main memory alone."""
-    parsed = parse_tag(tag)
-    return parsed is not None and parsed.compute == "cpu"
-
-
 def tags_for(engine: str, computes: Iterable[str]) -> tuple[str, ...]:
     """What a node advertises for an engine with these computes: the bare tag first; nothing without a compute."""
     concrete = tuple(str(Tag(engine, compute)) for compute in dict.fromkeys(computes))

@@ -64,7 +64,7 @@ _REMEDIES: Final = {
     "management": "Start a node that runs models (without --no-worker)",
     "excluded": "Exclude fewer nodes",
     "not_selected": "Select other nodes",
-    "draining": "End the drain with 'skulk drain NODE --undo'",
+    "draining": "Wait until the drain has ended",
     "facts_pending": "Try again in a few seconds",
     "backend_mismatch": "Add a node with an accepted backend, or look at the warnings of 'skulk nodes'",
     "weights_missing": "Put the model's files where SKULK_MODELS_PATH of a node looks",

@@ -217,6 +217,7 @@ class Runner:
         """Opens an admitted request's stream and hands it to the engine thread."""
         generate = request.generate
         ahead = self._table.waiting - self._table.preparing
+        in_flight = sum(other.state == "computing" for other in self._table.open_requests())
         request.writer = self._outbox.open(generate)
         if request.wanted_end is None:
             if self._is_idle:
@@ -231,6 +232,7 @@ class Runner:
             runner_id=self._spec.runner_id,
             prompt_tokens=len(admitted.prompt),
             queued=ahead,
+            in_flight=in_flight,
         )
 
     @property

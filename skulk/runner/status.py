@@ -63,8 +63,13 @@ class StatusBoard:
         self._changed.set()
 
     def note(self, **facts: Any) -> None:
-        """Notes figures (progress, active, waiting); nothing happens where they are the same."""
+        """Notes figures (progress, active, waiting); nothing happens where they are the same.
+
+        Becoming idle or busy is told at once, other figures in time.
+        """
         after = msgspec.structs.replace(self.now, **facts)
+        if (after.active == 0) != (self.now.active == 0):
+            self._phase_changed.set()
         if after != self.now:
             self.now = after
             self._changed.set()

@@ -125,12 +125,18 @@ class Generate(Wire, frozen=True, kw_only=True):
 
 
 class Accepted(Wire, frozen=True, kw_only=True):
-    """A runner took the request; chunks follow. Refusals are errors of the call."""
+    """A runner took the request; chunks follow. Refusals are errors of the call.
+
+    Attributes:
+        queued: requests that wait for a slot before it.
+        in_flight: requests that were being computed when it came.
+    """
 
     request_id: str
     runner_id: str
     prompt_tokens: int
     queued: int = 0
+    in_flight: int = 0
 
 
 class Cancel(Wire, frozen=True, kw_only=True):

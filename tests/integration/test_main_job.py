@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -194,6 +195,15 @@ async def test_a_second_start_on_the_same_home_or_port_is_refused_in_one_sentenc
     assert (await node.call("GET", "/health"))[0] == 200
 
 
+async def test_the_statistics_of_one_request_after_another_are_its_own(node: WholeNode) -> None:
+    body = {"model": MODEL, "messages": QUESTION, "temperature": 0, "max_tokens": 4}
+    for _ in range(3):
+        status, answer = await node.call("POST", "/bench/chat/completions", body)
+        assert status == 200
+        assert answer["generation_stats"]["in_flight_at_admission"] == 0
+        assert answer["generation_stats"]["serving_batches"] == 1
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body", "status", "code"),
     [
@@ -226,7 +236,11 @@ async def test_a_long_prompt_is_refused_before_any_event(node: WholeNode) -> Non
     long = [{"role": "user", "content": "river " * 20_000}]
     told, answer = await node.call("POST", "/v1/chat/completions", {"model": MODEL, "stream": True, "messages": long})
     assert (told, answer["error"]["code"]) == (400, "context_length_exceeded")
-    assert "20,0" in answer["error"]["message"] or "200" in answer["error"]["message"]
+    tokens, window = (int(text.replace(",", "")) for text in re.findall(r"\d[\d,]+", answer["error"]["message"])[:2])
+    assert tokens > 20_000
+    assert (
+        window == (await node.state())["instances"][await first_instance(node)]["MlxRingInstance"]["contextTokenLimit"]
+    )
 
 
 async def test_what_a_user_types_stays_text(node: WholeNode) -> None:

@@ -48,6 +48,7 @@ class WholeNode:
         self.home = home
         self.process = process
         self.output: list[str] = []
+        self.descendants: list[psutil.Process] = []
         self._session: aiohttp.ClientSession | None = None
 
     @property
@@ -126,6 +127,7 @@ class WholeNode:
 
     async def stop(self, number: signal.Signals = signal.SIGINT) -> int:
         """Stops it as Ctrl-C does; its exit status."""
+        self.descendants = psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(number)
         async with asyncio.timeout(STOP_S):
             await self.process.communicate()
@@ -150,16 +152,14 @@ async def whole_node(home: Path, *arguments: str) -> AsyncGenerator[WholeNode]:
         stderr=asyncio.subprocess.STDOUT,
     )
     node = WholeNode(home, process)
-    family = psutil.Process(process.pid)
     try:
         await node.wait_output("is up", START_S)
         yield node
     finally:
         await node.close()
-        children = family.children(recursive=True) if family.is_running() else []
         if process.returncode is None:
             await node.stop()
-        _, left = psutil.wait_procs(children, timeout=5.0)
+        _, left = psutil.wait_procs(node.descendants, timeout=5.0)
         for child in left:
             child.kill()
         assert not left, f"left behind: {left}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from skulk.placement.backends import is_cpu, parse_tag, rank_of, resolve, tags_for
+from skulk.placement.backends import parse_tag, rank_of, resolve, tags_for
 
 
 @pytest.mark.parametrize(
@@ -56,9 +56,3 @@ def test_the_rank_is_the_place_in_the_card() -> None:
 def test_a_node_advertises_the_bare_engine_first_and_nothing_without_a_compute() -> None:
     assert tags_for("llama_cpp", ["vulkan", "cpu", "vulkan"]) == ("llama_cpp", "llama_cpp-vulkan", "llama_cpp-cpu")
     assert tags_for("llama_cpp", []) == ()
-
-
-def test_only_cpu_tags_are_cpu() -> None:
-    assert is_cpu("llama_cpp-cpu")
-    assert not is_cpu("llama_cpp-vulkan")
-    assert not is_cpu("cpu")
