@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 
 TOKEN: Final = re.compile(r"[a-z0-9_-]+")
 _ENSURED: Final = uuid.UUID("5f3b9a3e-6f0a-5d0e-9b7a-7f6f0c2d1e55")
+_COMMANDED: Final = uuid.UUID("b1d2c7c4-9f0e-5a53-8a77-3c1c5a0e6d21")
 
 
 def is_token(text: str) -> bool:
@@ -35,6 +36,11 @@ def new_id() -> str:
 def ensured_instance_id(model_id: str) -> str:
     """The instance id of "at least one instance of this model", the same on every node."""
     return str(uuid.uuid5(_ENSURED, model_id))
+
+
+def commanded_instance_id(command_id: str) -> str:
+    """The instance id of what a command places: a command that is repeated to another master makes no second one."""
+    return str(uuid.uuid5(_COMMANDED, command_id))
 
 
 def runner_id(instance_id: str, epoch: int) -> str:

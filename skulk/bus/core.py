@@ -158,13 +158,16 @@ class CoreBus:
         def receive(raw: Raw) -> None:
             counters.received += 1
             found = channel.parse(raw.subject)
+            if found is None:
+                counters.undecodable += 1
+                _logger.debug("a message on %s: that is no subject of %s", raw.subject, channel.text)
+                return
             try:
                 message = decode(raw.body, channel.payload)
             except ServiceError as error:
                 counters.undecodable += 1
                 _logger.debug("a message on %s is not readable: %s", raw.subject, error)
                 return
-            assert found is not None, f"{raw.subject} came in on {channel.text}"
             try:
                 handler(Received(message=message, subject=raw.subject, ids=found))
             except Exception:  # the border: a defect in a handler loses this message, not the subscription

@@ -8,6 +8,9 @@ next one. What its client does behind our back, and what stands against it here:
     flush() sends its PING before what is still pending               we flush by a message to our own inbox (`core`)
     pending publishes grow without bound while the socket is stuck    `publish` waits at 1 MiB, 2 s at most
     closing drains the socket, for ever if the peer is stuck          the socket is aborted first, then takes anything
+    its read loop dies of anything unforeseen, and flush() then    the end of its loops is the end of the connection
+    returns at once as if it had been answered
+    malformed headers of anybody's message end the read loop          such a message comes without its headers
     INFO between CONNECT and PONG leaves it "connecting" for ever     a client not connected after connect() is lost
 """
 
@@ -18,7 +21,7 @@ import socket
 import ssl
 import struct
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, cast
 from urllib.parse import ParseResult
 
 import msgspec
@@ -141,6 +144,17 @@ class Socket(TcpTransport):
         writer.transport.abort()
 
 
+class _Client(Client):
+    """nats-py's client, but deaf to malformed headers: one message of anybody's mustn't cost all others."""
+
+    async def _process_headers(self, headers: bytes) -> dict[str, str] | None:
+        try:
+            return await super()._process_headers(headers)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:  # of its slicing and decoding
+            await self._error_cb(ValueError(f"a message with malformed headers: {error}"))
+            return None
+
+
 class Connection:
     """A connected client until it is `lost`.
 
@@ -152,7 +166,7 @@ class Connection:
         self._options = options
         self._clock = clock
         self._on_error = on_error
-        self._client = Client()
+        self._client = _Client()
         self._socket: Socket | None = None
         self._has_begun = False
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -206,7 +220,19 @@ class Connection:
             )
         if not self._client.is_connected:
             raise ConnectionError("the server sent something else than the end of the handshake")
+        self._follow_loops()
         self._own(self._watch(), "watch the bus's connection")
+
+    def _follow_loops(self) -> None:
+        """Without its loops a client looks connected and hears nothing."""
+        client = self._client
+        reading = cast("asyncio.Task[Any]", client._reading_task)  # pyright: ignore[reportPrivateUsage]
+        flushing = cast("asyncio.Task[Any]", client._flusher_task)  # pyright: ignore[reportPrivateUsage]
+        for loop in (reading, flushing):
+            loop.add_done_callback(self._loop_ended)
+
+    def _loop_ended(self, loop: asyncio.Task[Any]) -> None:
+        self._lose(f"the client stopped working: {loop.get_name()} ended")
 
     async def publish(self, message: Raw) -> None:
         """Hands a message to the client.

@@ -173,6 +173,8 @@ class Parcels:
             await asyncio.wait({self._serving})
 
     def _check_limit(self, size: int) -> None:
+        if size < 0:
+            raise ServiceError("invalid_message", f"a parcel of {size} bytes can't be")
         if size > self._limit:
             raise RequestError(
                 "message_too_large",

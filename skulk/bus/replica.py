@@ -33,15 +33,17 @@ from skulk.cluster.view import (
 from skulk.errors import SkulkError
 from skulk.wire.beats import MasterBeat, NodeBeat, RunnerStatus
 from skulk.wire.commands import SnapshotRequest
-from skulk.wire.events import EventRecord
+from skulk.wire.events import Event, EventRecord, InstanceCreated, InstanceDeleted
 from skulk.wire.state import ClusterState, Position
 
 log = logging.getLogger("skulk.replica")
 
 HISTORY_EVENTS: Final = 1_000
 SWEEP_S: Final = 0.5
+LATE_SWEEP_S: Final = 1.0
 SNAPSHOT_PAUSE_S: Final = 0.25
 SNAPSHOT_TIMEOUT_S: Final = 2.0
+_COMMANDED: Final = (InstanceCreated, InstanceDeleted)
 
 
 class Replica:
@@ -91,6 +93,20 @@ class Replica:
         self._status_callbacks.append(callback)
         return lambda: self._status_callbacks.remove(callback)
 
+    def follow(self, record: EventRecord) -> None:
+        """Takes in one event of the log, as heard or as the own master has just written it."""
+        followed = follow_event(self._view.state, record)
+        if followed.wants_snapshot:
+            self._snapshot_wanted.set()
+        if followed.state is not self._view.state:
+            self._ring.append(record)
+            self._set_state(followed.state)
+
+    def event_of(self, command_id: str) -> Event | None:
+        """The event that a client's command became, if it is among the last ones. Cost: O(`HISTORY_EVENTS`)."""
+        named = (record.event for record in reversed(self._ring) if isinstance(record.event, _COMMANDED))
+        return next((event for event in named if event.command_id == command_id), None)
+
     async def start(self) -> None:
         """Subscribes; from here on nothing is missed."""
         bus = self._bus
@@ -132,13 +148,7 @@ class Replica:
         return True
 
     def _event_heard(self, received: Received[EventRecord]) -> None:
-        record = received.message
-        followed = follow_event(self._view.state, record)
-        if followed.wants_snapshot:
-            self._snapshot_wanted.set()
-        if followed.state is not self._view.state:
-            self._ring.append(record)
-            self._set_state(followed.state)
+        self.follow(received.message)
 
     def _master_heard(self, received: Received[MasterBeat]) -> None:
         beat = received.message
@@ -174,7 +184,11 @@ class Replica:
 
     async def _sweep(self) -> None:
         while True:
+            swept_at = self._clock.now()
             await asyncio.sleep(SWEEP_S)
+            if self._clock.now() - swept_at > SWEEP_S + LATE_SWEEP_S:
+                # a suspended machine or a blocked loop: what was said meanwhile is still to be read
+                self._restart_silence()
             if self._bus.state != "connected":
                 continue
             # a server that has stopped answering makes everybody behind it seem silent

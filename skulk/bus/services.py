@@ -45,6 +45,7 @@ REFUSALS_AT_ONCE: Final = 1024
 ANSWERS_DRAIN_S: Final = 1.0
 
 _SEMVER: Final = re.compile(r"\d+\.\d+\.\d+")
+_WHOLE_NUMBER: Final = re.compile(r"-?[0-9]{1,15}")
 _NOUN: Final = 4
 _logger = logging.getLogger(__name__)
 
@@ -360,4 +361,4 @@ async def _settle(tasks: set[asyncio.Task[None]], drain_s: float) -> None:
 def _remaining_s(headers: Mapping[str, str]) -> float | None:
     """What the caller says it still waits, in seconds; None where it says nothing readable."""
     text = headers.get(REMAINING_MS, "")
-    return int(text) / 1000 if text.lstrip("-").isdecimal() else None
+    return int(text) / 1000 if _WHOLE_NUMBER.fullmatch(text) else None

@@ -9,19 +9,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from skulk import __version__
-from skulk.bus.nats_bus import NatsBus
+from skulk.bus.nats_bus import NatsBus, parse_addresses
 from skulk.bus.replica import Replica
 from skulk.bus.subjects import MASTER_PLACE
 from skulk.cli.node_file import NodeFile, remove_node_file, write_node_file
 from skulk.clock import Clock, SystemClock
 from skulk.errors import SkulkError, StartError, error_of
+from skulk.gateway.masters import Masters
 from skulk.ids import new_id, new_incarnation
 from skulk.master.master import Master
 from skulk.master.upkeep import Rules
@@ -53,6 +56,7 @@ ELECTION_PATIENCE_S: Final = 1.5
 GATEWAY_DRAIN_S: Final = 5.0
 VERIFIED_FILE: Final = "verified.json"
 CARDS_FOLDER: Final = "cards"
+_LIKE_BCRYPT: Final = re.compile(r"\$2[abxy]?\$")
 
 
 class Running:
@@ -63,13 +67,14 @@ class Running:
         self.node_id = identity.node_id
         self.api_url = ""
         self.nats_url = ""
+        self.nats_options = ""
         self.placed: tuple[PlacementReply, ...] = ()
         self._ended: asyncio.Future[SkulkError | None] = asyncio.get_running_loop().create_future()
 
     @property
     def nats_sub_line(self) -> str:
         """What to type to see everything that crosses the bus."""
-        return f"nats -s {self.nats_url} sub 'skulk.>'"
+        return f"nats {self.nats_options} sub 'skulk.>'"
 
     def stop(self) -> None:
         """Has `wait` return; may come twice."""
@@ -115,6 +120,37 @@ async def launch(settings: Settings) -> AsyncGenerator[Running]:
         yield running
 
 
+def client_password(token: str) -> str:
+    """The password of the bus's clients: the cluster's token as it is, so that a person can show it too.
+
+    Raises:
+        StartError: ``config_invalid``: nats-server would read it as something else.
+    """
+    if not token.isprintable():
+        raise StartError("config_invalid", "SKULK_CLUSTER_TOKEN holds a control character; choose one without.")
+    if _LIKE_BCRYPT.match(token):
+        raise StartError(
+            "config_invalid",
+            f"SKULK_CLUSTER_TOKEN begins with {token[:4]!r}, which nats-server takes for the hash of a password; "
+            "choose one that begins otherwise.",
+        )
+    return token
+
+
+def shown_url(url: str) -> str:
+    """A bus's addresses without credentials."""
+    urls = (urlsplit(address.url) for address in parse_addresses(url))
+    return ",".join(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}" for parts in urls)
+
+
+def nats_options(address: BusAddress) -> str:
+    """How the ``nats`` command reaches the bus: secrets by the name of the variable that holds them."""
+    if "@" in address.url:
+        return '-s "$SKULK_NATS_URL"'
+    password = f' --user {address.user} --password "$SKULK_CLUSTER_TOKEN"' if address.password else ""
+    return f"-s {shown_url(address.url)}{password}"
+
+
 def _catalogue(settings: Settings) -> Catalogue:
     catalogue = Catalogue(
         Path(settings.models_dir),
@@ -153,7 +189,8 @@ class _Launcher:
     async def start(self) -> None:
         """Everything up to a gateway that answers, and the file that tells other commands where."""
         address = await self._start_bus()
-        self._running.nats_url = address.url
+        self._running.nats_url = shown_url(address.url)
+        self._running.nats_options = nats_options(address)
         bus = await self._connect(address)
         replica = Replica(bus, self._clock, load_state(self._home, bus.cluster))
         await replica.start()
@@ -170,10 +207,9 @@ class _Launcher:
 
     async def ensure(self, request: PlacementRequest) -> PlacementReply:
         """Sees to it that a model has at least one instance."""
-        master = self._replica.view.master
-        assert master is not None
         command = PlaceModel(command_id=new_id(), request=request, ensure=True)
-        return await self._bus.request(MASTER_PLACE, command, timeout_s=PLACE_TIMEOUT_S, node=master.node_id)
+        masters = Masters(self._bus, self._replica, self._clock)
+        return await masters.ask(MASTER_PLACE, command, timeout_s=PLACE_TIMEOUT_S)
 
     async def _start_bus(self) -> BusAddress:
         """The own nats-server, or the existing deployment that ``SKULK_NATS_URL`` names."""
@@ -185,7 +221,7 @@ class _Launcher:
         config = NatsServerConfig(
             server_name=f"skulk-{self._identity.node_id}",
             cluster_name=f"skulk-{settings.cluster}",
-            client_password=settings.cluster_token,
+            client_password=client_password(settings.cluster_token),
             client_port=settings.nats_port,
             route_port=settings.route_port,
             route_user="" if routes is None else routes.user,
@@ -207,8 +243,8 @@ class _Launcher:
             password=address.password or None,
             clock=self._clock,
         )
-        await bus.connect()
         self._stack.push_async_callback(bus.close)
+        await bus.connect()
         return bus
 
     async def _start_roles(self, address: BusAddress) -> None:
@@ -263,7 +299,8 @@ class _Launcher:
         # a free port that was picked is kept over restarts: clients know it by now
         self._api_port = int(str(ready.fields["port"]))
         host = str(ready.fields["host"])
-        reachable = "127.0.0.1" if host in {"0.0.0.0", "::"} else host  # noqa: S104 - compared, not bound
+        host = f"[{host}]" if ":" in host else host
+        reachable = "127.0.0.1" if host in {"0.0.0.0", "[::]"} else host  # noqa: S104 - compared, not bound
         self._running.api_url = f"http://{reachable}:{self._api_port}"
         self._api = f"{host}:{self._api_port}"
 

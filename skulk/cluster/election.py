@@ -35,7 +35,10 @@ class BusChanged(msgspec.Struct, frozen=True):
 
 
 class Tick(msgspec.Struct, frozen=True):
-    """Time went on; due every quarter of a second."""
+    """Time went on; due every quarter of a second.
+
+    Its ``now`` is when the bus last showed a sign of life: nobody can have been heard after that.
+    """
 
 
 class BeganTerm(msgspec.Struct, frozen=True):
@@ -105,7 +108,7 @@ def _ticked(state: Election, now: float) -> tuple[Election, tuple[ElectionEffect
         ticked_at=now,
         silent_since=now if is_late else state.silent_since,
     )
-    is_due = now - ticked.silent_since >= state.patience_s
+    is_due = max(0.0, now - ticked.silent_since) >= state.patience_s
     if state.role == "master" or not (is_due and state.can_lead and state.is_connected):
         return ticked, ()
     term = Term(number=state.highest.number + 1, node_id=state.node_id, incarnation=state.incarnation)

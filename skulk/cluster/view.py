@@ -45,9 +45,14 @@ def with_state(view: ClusterView, state: ClusterState) -> ClusterView:
 
 
 def with_node_beat(view: ClusterView, beat: NodeBeat, now: float) -> ClusterView:
-    """The view after a node's beat. Its list of runners is whole: what it no longer names is gone."""
+    """The view after a node's beat. Its list of runners is whole: what it no longer names is gone.
+
+    Of a node that was started again (another incarnation) nothing older is kept, whatever its clock says.
+    """
+    before = view.nodes.get(beat.node_id)
+    known = view.runners if before is None or before.beat.incarnation == beat.incarnation else {}
     runners = {name: status for name, status in view.runners.items() if status.node_id != beat.node_id}
-    runners.update({status.runner_id: _newer(view.runners.get(status.runner_id), status) for status in beat.runners})
+    runners.update({status.runner_id: _newer(known.get(status.runner_id), status) for status in beat.runners})
     nodes = {**view.nodes, beat.node_id: NodeView(beat=beat, heard_at=now)}
     return msgspec.structs.replace(view, nodes=nodes, runners=runners)
 

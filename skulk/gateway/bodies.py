@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import Any, Final, TypeVar, cast
 
@@ -13,6 +14,8 @@ from aiohttp.http_exceptions import HttpProcessingError
 from skulk.errors import RequestError
 
 T = TypeVar("T")
+
+BODY_WAIT_S: Final = 120.0
 
 _PLACE: Final = re.compile(r"(?P<what>.*?)(?: - at `(?:key in )?\$(?P<path>.*)`)?", re.DOTALL)
 _MISSING: Final = re.compile(r"Object missing required field `(?P<name>.+)`")
@@ -26,8 +29,16 @@ async def read_object(request: web.Request) -> dict[str, Any]:
         RequestError: ``invalid_request``.
         web.HTTPRequestEntityTooLarge: the body is over the limit.
     """
+    if (request.content_length or 0) > request.client_max_size:
+        # told at once, not after what is too much was read
+        raise web.HTTPRequestEntityTooLarge(max_size=request.client_max_size, actual_size=request.content_length or 0)
     try:
-        body = await request.read()
+        async with asyncio.timeout(BODY_WAIT_S):
+            body = await request.read()
+    except TimeoutError as error:
+        raise RequestError(
+            "invalid_request", f"the body did not arrive within {BODY_WAIT_S:.0f} s; send it faster, or less of it"
+        ) from error
     except (aiohttp.ClientPayloadError, HttpProcessingError, web.RequestPayloadError) as error:
         raise RequestError("invalid_request", f"the body can't be read as its headers say: {error}") from error
     return json_object(body)

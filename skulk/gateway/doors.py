@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
@@ -25,6 +26,8 @@ from skulk.errors import RequestError, StartError
 OPEN_PATHS: Final = frozenset({"/health", "/ready"})
 LOCAL_SUFFIXES: Final = (".local", ".lan", ".home.arpa", ".internal")
 KEY_NAME: Final = web.RequestKey("key_name", str)
+# Whole: ``[::1]evil.org`` and ``localhost:80@evil.org`` begin like names of ours.
+_HOST: Final = re.compile(r"(?:\[(?P<bracketed>[0-9a-f:.%a-z_-]+)\]|(?P<name>[^\s:@/\[\]]+))(?::[0-9]{1,5})?")
 _KEYS_LIMIT: Final = 10_000
 
 
@@ -151,11 +154,9 @@ def _digest(key: str) -> bytes:
 
 
 def _name_of(host: str) -> str:
-    """The name in a Host header, without port, brackets and final dot, in lower case."""
-    text = host.strip().lower()
-    if text.startswith("["):
-        return text[1:].partition("]")[0]
-    return text.partition(":")[0].rstrip(".")
+    """The name in a Host header, without port, brackets and final dot, in lower case; empty where it is none."""
+    parts = _HOST.fullmatch(host.strip().lower())
+    return "" if parts is None else (parts["bracketed"] or parts["name"].rstrip("."))
 
 
 def _is_local(name: str) -> bool:

@@ -1,6 +1,6 @@
 """The gateway's process: takes its `GatewaySpec`, listens, serves, and leaves in order.
 
-    spec ──> listen ──> bus ──> application ──> ready ──> (SIGTERM | parent gone | fault) ──> drain ──> end
+    spec ──> listen ──> bus ──> application ──> caught up ──> ready ──> (SIGTERM | parent gone | fault) ──> drain
 
 The socket is bound first: a port in use is told before anything else is touched. Draining takes no new generations,
 lets running ones go on for ``drain_timeout_s``, then ends them with an error object; a second SIGTERM skips the wait.
@@ -22,9 +22,11 @@ from aiohttp import web
 
 from skulk.bus.nats_bus import NatsBus
 from skulk.clock import Clock, SystemClock
+from skulk.cluster.view import ClusterView
 from skulk.errors import ServiceError, SkulkError, StartError, UnavailableError
 from skulk.gateway.app import FAULTS, build_app
-from skulk.gateway.keys import DISPATCHER
+from skulk.gateway.http import BACKLOG, listen_on
+from skulk.gateway.keys import DISPATCHER, REPLICA
 from skulk.logs import configure_logging
 from skulk.models.catalogue import Catalogue
 from skulk.supervision.ready import announce_error, announce_ready, parent_gone, read_spec
@@ -33,8 +35,8 @@ from skulk.wire.gateway import GatewaySpec
 
 log = logging.getLogger("skulk.gateway")
 
-BACKLOG: Final = 1024
 LAST_WORDS_S: Final = 2.0
+CATCH_UP_S: Final = 2.0
 
 
 def main() -> int:
@@ -77,13 +79,13 @@ async def serve(spec: GatewaySpec) -> int:
             runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=LAST_WORDS_S)
             await runner.setup()
             try:
-                site = web.SockSite(runner, listening, backlog=BACKLOG)
-                await site.start()
+                await _catch_up(app)
+                server = await listen_on(runner, listening)
                 host, port = listening.getsockname()[:2]
                 announce_ready({"host": host, "port": port})
                 log.info("listening on %s port %d", host, port)
                 await _until_leaving(app, asked_to_leave)
-                await site.stop()
+                server.close()
                 await _drain(app, spec, in_haste)
             finally:
                 await runner.cleanup()
@@ -152,6 +154,19 @@ async def _catalogue(spec: GatewaySpec) -> Catalogue:
     )
     await asyncio.to_thread(catalogue.rescan)
     return catalogue
+
+
+async def _catch_up(app: web.Application) -> None:
+    """Lets nobody in before the state is known, if there is a master to tell it: an empty one would be told as true.
+
+    Whoever connects meanwhile waits in the socket's queue.
+    """
+    if not await app[REPLICA].wait_until(_is_caught_up, CATCH_UP_S):
+        log.info("no master told its state within %.0f s", CATCH_UP_S)
+
+
+def _is_caught_up(view: ClusterView) -> bool:
+    return view.master is not None and view.master.node_id in view.nodes and view.state.position >= view.master.position
 
 
 def _watch_signals() -> tuple[asyncio.Event, asyncio.Event]:

@@ -26,7 +26,8 @@ class Commands:
         A caller that goes away doesn't stop a command that has begun. Failures that may pass are not kept.
 
         Raises:
-            SkulkError: what the command raised; ``overloaded`` when too many commands are remembered.
+            SkulkError: what the command raised; ``overloaded`` when too many commands are remembered; ``not_master``
+                when the mastership ended before the command.
         """
         self._forget_old()
         known = self._results.get(command_id)
@@ -35,22 +36,35 @@ class Commands:
                 raise UnavailableError(
                     "overloaded", f"{KEPT_COMMANDS} commands came within 10 minutes", retry_after_s=60
                 )
-            task = asyncio.ensure_future(_run(carry_out))
-            task.set_name(f"command-{command_id}")
+            task = asyncio.create_task(_run(carry_out), name=f"command-{command_id}")
+            # nobody may be left who would take the failure
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
             known = self._results[command_id] = (self._clock.now(), task)
         try:
             return await asyncio.shield(known[1])
         except UnavailableError:
-            self._results.pop(command_id, None)
+            self._forget(command_id, known[1])
             raise
+        except asyncio.CancelledError:
+            if not known[1].cancelled():
+                raise
+            raise UnavailableError(
+                "not_master", "this node is not the master any more; ask again", retry_after_s=1
+            ) from None
 
-    async def close(self) -> None:
-        """Cancels what runs."""
-        running = [task for _, task in self._results.values() if not task.done()]
-        for task in running:
+    async def drop_running(self) -> None:
+        """Ends what runs, for the mastership is over; whoever waits is told to ask the next master."""
+        running = {name: task for name, (_, task) in self._results.items() if not task.done()}
+        for name, task in running.items():
             task.cancel()
-        await asyncio.gather(*(task for _, task in self._results.values()), return_exceptions=True)
-        self._results.clear()
+            self._forget(name, task)
+        await asyncio.gather(*running.values(), return_exceptions=True)
+
+    def _forget(self, command_id: str, task: asyncio.Task[Any]) -> None:
+        """Forgets a result, not the one of a later attempt."""
+        known = self._results.get(command_id)
+        if known is not None and known[1] is task:
+            del self._results[command_id]
 
     def _forget_old(self) -> None:
         limit = self._clock.now() - KEPT_S

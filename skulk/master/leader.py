@@ -11,7 +11,7 @@ from skulk.bus.replica import Replica
 from skulk.clock import Clock
 from skulk.cluster.view import ClusterView, with_state
 from skulk.errors import RequestError, ServiceError, UnavailableError
-from skulk.ids import ensured_instance_id, new_id
+from skulk.ids import commanded_instance_id, ensured_instance_id, is_token
 from skulk.master.ledger import Ledger
 from skulk.master.upkeep import (
     Rules,
@@ -26,15 +26,16 @@ from skulk.master.upkeep import (
 from skulk.placement.decision import place
 from skulk.wire.beats import RunnerStatus
 from skulk.wire.commands import DeleteInstance, DeleteReply, PlacementReply, PlaceModel
-from skulk.wire.events import InstanceAssigned, InstanceCreated, InstanceDeleted, InstanceUnassigned
+from skulk.wire.events import InstanceCreated, InstanceDeleted, InstanceUnassigned
 from skulk.wire.placement import PlacementDecision, PlacementRequest
-from skulk.wire.state import ClusterState, Instance, Term
+from skulk.wire.state import Assignment, ClusterState, Instance, Term
 
 log = logging.getLogger("skulk.master")
 
 FACTS_WAIT_S: Final = 15.0
 ACCEPT_WAIT_S: Final = 5.0
 STOP_WAIT_S: Final = 10.0
+SETTLE_S: Final = 5.0
 UPKEEP_S: Final = 0.5
 
 
@@ -45,8 +46,8 @@ class Leader:
         self._replica = replica
         self._clock = clock
         self._rules = rules
-        self._ledger = Ledger(bus, clock, replica.view.state, term)
-        self._upkeep = Upkeep()
+        self._ledger = Ledger(bus, clock, replica.view.state, term, replica.follow)
+        self._upkeep = Upkeep(settles_at=clock.now() + SETTLE_S)
         self._placing: set[str] = set()
 
     @property
@@ -65,6 +66,10 @@ class Leader:
             tasks.create_task(self._ledger.run(), name="ledger")
             tasks.create_task(self._keep_up(), name="upkeep")
 
+    def close(self) -> None:
+        """Ends the term: what still runs can't write any more."""
+        self._ledger.close()
+
     def preview(self, request: PlacementRequest) -> PlacementDecision:
         """What `place` would decide now."""
         return place(self.view, request, self._clock.now(), default_parallel=self._rules.default_parallel)
@@ -73,11 +78,13 @@ class Leader:
         """Places one more instance and waits until a node has accepted it.
 
         Raises:
-            RequestError: ``unplaceable``, with every node's reason.
+            RequestError: ``unplaceable``, with every node's reason; ``invalid_request``: a taken id, or none at all.
             UnavailableError: ``facts_pending``: no node has spoken within 15 s.
+            ServiceError: ``deadline_exceeded``: the chosen node doesn't answer.
         """
+        if (begun := self._begun(command)) is not None:
+            return await self._find_node(command, begun)
         request = command.request
-        ensured = ensured_instance_id(request.card.model_id)
         if command.ensure and (known := self._known(request.card.model_id)) is not None:
             return self._reply(command, known, existed=True)
         decision = await self._decide(request)
@@ -88,7 +95,7 @@ class Leader:
         if command.ensure and (known := self._known(request.card.model_id)) is not None:
             return self._reply(command, known, existed=True)
         instance = Instance(
-            instance_id=ensured if command.ensure else command.instance_id or new_id(),
+            instance_id=_instance_id(command),
             request=request,
             reason=decision.reason if decision.outcome == "unplaceable" else "",
             created_at=self._clock.wall(),
@@ -97,7 +104,14 @@ class Leader:
             raise RequestError(
                 "invalid_request", f"there is an instance {instance.instance_id} already; delete it first"
             )
-        return await self._create(command, instance, decision)
+        if not is_token(instance.instance_id):
+            raise RequestError(
+                "invalid_request",
+                f"{instance.instance_id!r} is no instance id; take a-z, 0-9, _ and -",
+                param="instance_id",
+            )
+        self._ledger.append(InstanceCreated(instance=instance, command_id=command.command_id))
+        return await self._find_node(command, instance.instance_id, decision)
 
     async def delete(self, command: DeleteInstance) -> DeleteReply:
         """Deletes an instance and waits until its runner is gone, or its node is away.
@@ -106,16 +120,30 @@ class Leader:
             RequestError: ``instance_not_found``.
         """
         instance = self.state.instances.get(command.instance_id)
+        if instance is None and isinstance(self._replica.event_of(command.command_id), InstanceDeleted):
+            # an earlier master did it and could not answer any more
+            return self._deleted(command)
         if instance is None:
             raise RequestError("instance_not_found", f"there is no instance {command.instance_id}; see GET /state")
         event = InstanceDeleted(
             instance_id=command.instance_id, deleted_at=self._clock.wall(), command_id=command.command_id
         )
-        position = self._ledger.append(event)
+        self._ledger.append(event)
         if instance.assignment is not None:
             runner = instance.assignment.runner_id
             await self._replica.wait_until(lambda view: _is_gone(view.runners.get(runner)), STOP_WAIT_S)
-        return DeleteReply(command_id=command.command_id, instance_id=command.instance_id, position=position)
+        return self._deleted(command)
+
+    def _deleted(self, command: DeleteInstance) -> DeleteReply:
+        return DeleteReply(command_id=command.command_id, instance_id=command.instance_id, position=self.state.position)
+
+    def _begun(self, command: PlaceModel) -> str | None:
+        """The instance that this command made under an earlier master who could not answer any more."""
+        event = self._replica.event_of(command.command_id)
+        if isinstance(event, InstanceCreated):
+            return event.instance.instance_id
+        own = commanded_instance_id(command.command_id)
+        return own if own in self.state.instances else None
 
     def _known(self, model_id: str) -> Instance | None:
         """An instance of the model, whoever asked for it: what ``ensure`` needs to be there."""
@@ -130,18 +158,18 @@ class Leader:
         await self._replica.wait_until(has_facts, FACTS_WAIT_S)
         return self.preview(request)
 
-    async def _create(self, command: PlaceModel, instance: Instance, decision: PlacementDecision) -> PlacementReply:
-        """Writes the instance, then tries node after node until one accepts."""
-        instance_id = instance.instance_id
+    async def _find_node(
+        self, command: PlaceModel, instance_id: str, decision: PlacementDecision | None = None
+    ) -> PlacementReply:
+        """Tries node after node until one accepts an instance that stands in the state."""
+        refusal = "" if decision is None else decision.reason
         self._placing.add(instance_id)
         try:
-            self._ledger.append(InstanceCreated(instance=instance, command_id=command.command_id))
-            refusal = decision.reason
-            while (assigned := self._assign(instance_id)) is not None:
-                answer = await self._answer_of(assigned)
+            while (assignment := self._assign(instance_id)) is not None:
+                answer = await self._answer_of(assignment)
                 if answer is None or answer.phase != "refused":
                     break
-                refusal = self._refused(assigned, answer)
+                refusal = self._refused(instance_id, assignment, answer)
         finally:
             self._placing.discard(instance_id)
         placed = self.state.instances.get(instance_id)
@@ -149,8 +177,8 @@ class Leader:
             raise RequestError("instance_not_found", f"the instance {instance_id} was deleted while it was placed")
         if placed.assignment is None and not command.ensure:
             self._ledger.append(InstanceDeleted(instance_id=instance_id, deleted_at=self._clock.wall()))
-            raise RequestError("unplaceable", refusal)
-        if _answer_missing(self.view, placed):
+            raise RequestError("unplaceable", refusal or f"no node takes the instance {instance_id}")
+        if _answer_missing(self.view, placed) and not command.ensure:
             raise ServiceError(
                 "deadline_exceeded",
                 f"the node has not answered for {ACCEPT_WAIT_S:.0f} s; the instance {instance_id} stays and is started "
@@ -158,27 +186,34 @@ class Leader:
             )
         return self._reply(command, placed, existed=False, decision=decision)
 
-    def _assign(self, instance_id: str) -> InstanceAssigned | None:
+    def _assign(self, instance_id: str) -> Assignment | None:
+        """The assignment of an instance, made now where it has none; None where nothing fits, or it is deleted."""
         instance = self.state.instances.get(instance_id)
-        if instance is None:
-            return None
+        if instance is None or instance.assignment is not None:
+            return None if instance is None else instance.assignment
         event = placement_of(self._upkeep, self.view, instance, self._clock.now(), self._rules)
-        if event is not None:
-            self._ledger.append(event)
-        return event
+        if event is None:
+            return None
+        self._ledger.append(event)
+        return event.assignment
 
-    async def _answer_of(self, assigned: InstanceAssigned) -> RunnerStatus | None:
-        runner = assigned.assignment.runner_id
-        await self._replica.wait_until(lambda view: runner in view.runners, ACCEPT_WAIT_S)
+    async def _answer_of(self, assignment: Assignment) -> RunnerStatus | None:
+        """What the node says, as soon as it has made up its mind: before that, a runner is ``starting``."""
+        runner = assignment.runner_id
+
+        def has_decided(view: ClusterView) -> bool:
+            status = view.runners.get(runner)
+            return status is not None and status.phase != "starting"
+
+        await self._replica.wait_until(has_decided, ACCEPT_WAIT_S)
         return self._replica.view.runners.get(runner)
 
-    def _refused(self, assigned: InstanceAssigned, answer: RunnerStatus) -> str:
+    def _refused(self, instance_id: str, assignment: Assignment, answer: RunnerStatus) -> str:
         """Notes a refusal; returns its reason."""
         reason = "refused without a reason" if answer.error is None else answer.error.detail
-        node_id = assigned.assignment.node_id
-        log.info("node %s refused %s: %s", node_id, assigned.instance_id, reason)
-        self._upkeep = with_barred(self._upkeep, assigned.instance_id, node_id, self._clock.now())
-        self._ledger.append(InstanceUnassigned(instance_id=assigned.instance_id, reason=reason))
+        log.info("node %s refused %s: %s", assignment.node_id, instance_id, reason)
+        self._upkeep = with_barred(self._upkeep, instance_id, assignment.node_id, self._clock.now())
+        self._ledger.append(InstanceUnassigned(instance_id=instance_id, reason=reason))
         return reason
 
     def _reply(
@@ -189,8 +224,8 @@ class Leader:
         existed: bool,
         decision: PlacementDecision | None = None,
     ) -> PlacementReply:
-        if decision is None:
-            nodes = () if instance.assignment is None else (instance.assignment.node_id,)
+        nodes = () if instance.assignment is None else (instance.assignment.node_id,)
+        if decision is None or decision.nodes != nodes:
             decision = PlacementDecision(outcome="placed" if nodes else "pending", nodes=nodes, reason=instance.reason)
         return PlacementReply(
             command_id=command.command_id,
@@ -225,6 +260,12 @@ class Leader:
             if event is None:
                 return
             self._ledger.append(event)
+
+
+def _instance_id(command: PlaceModel) -> str:
+    if command.ensure:
+        return ensured_instance_id(command.request.card.model_id)
+    return command.instance_id or commanded_instance_id(command.command_id)
 
 
 def _answer_missing(view: ClusterView, instance: Instance) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -13,7 +14,7 @@ from skulk.bus.subjects import EVENT, MASTER_BEAT
 from skulk.clock import Clock
 from skulk.cluster.fold import fold, state_hash
 from skulk.cluster.liveness import MASTER_BEAT_S
-from skulk.errors import SkulkError
+from skulk.errors import SkulkError, UnavailableError
 from skulk.wire.beats import MasterBeat
 from skulk.wire.events import (
     Event,
@@ -40,13 +41,18 @@ class Ledger:
     Args:
         state: what the term starts from.
         term: this mastership.
+        on_append: told of each event at once: what the master has written, its own node must never lack.
     """
 
-    def __init__(self, bus: Bus, clock: Clock, state: ClusterState, term: Term) -> None:
+    def __init__(
+        self, bus: Bus, clock: Clock, state: ClusterState, term: Term, on_append: Callable[[EventRecord], None]
+    ) -> None:
         self._bus = bus
         self._clock = clock
         self._term = term
         self._state = state
+        self._on_append = on_append
+        self._is_closed = False
         self._unsent: asyncio.Queue[EventRecord | MasterBeat] = asyncio.Queue(UNSENT_EVENTS)
         self.append(TermBegan(state_hash=state_hash(state)))
 
@@ -61,12 +67,23 @@ class Ledger:
         return self._term
 
     def append(self, event: Event) -> Position:
-        """Writes one event; returns its position. Followers that miss it are healed by hash and snapshot."""
+        """Writes one event; returns its position. Followers that miss it are healed by hash and snapshot.
+
+        Raises:
+            UnavailableError: ``not_master``: the term has ended.
+        """
+        if self._is_closed:
+            raise UnavailableError("not_master", "this node is not the master any more; ask again", retry_after_s=1)
         position = Position(term=self._term, seq=self._state.position.seq + 1)
         record = EventRecord(position=position, at=self._clock.wall(), event=event)
         self._state = fold(self._state, record)
         self._enqueue(record)
+        self._on_append(record)
         return position
+
+    def close(self) -> None:
+        """Ends the term: nothing is written any more."""
+        self._is_closed = True
 
     async def run(self) -> None:
         """Publishes events in order, and the beat every half second, until cancelled."""

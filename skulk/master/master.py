@@ -10,7 +10,7 @@ import asyncio
 import logging
 from typing import Final
 
-from skulk.bus.port import Bus, BusState, Call
+from skulk.bus.port import Bus, BusState, Call, Service
 from skulk.bus.replica import Replica
 from skulk.bus.subjects import MASTER_DELETE, MASTER_PLACE, MASTER_PREVIEW
 from skulk.clock import Clock
@@ -20,6 +20,7 @@ from skulk.errors import UnavailableError
 from skulk.master.commands import Commands
 from skulk.master.leader import Leader
 from skulk.master.upkeep import Rules
+from skulk.wire.beats import MasterBeat
 from skulk.wire.commands import DeleteInstance, DeleteReply, PlacementReply, PlaceModel, PreviewPlacement
 from skulk.wire.placement import PlacementDecision
 from skulk.wire.state import ClusterState, Term
@@ -27,6 +28,7 @@ from skulk.wire.state import ClusterState, Term
 log = logging.getLogger("skulk.master")
 
 TICK_S: Final = 0.25
+ANSWER_S: Final = 0.5
 DEFAULT_RULES: Final = Rules()
 
 
@@ -59,6 +61,7 @@ class Master:
         self._commands = Commands(clock)
         self._leader: Leader | None = None
         self._leading: asyncio.Task[None] | None = None
+        self._heard: MasterBeat | None = None
         self._inputs: asyncio.Queue[ElectionInput] = asyncio.Queue(1_000)
         self._election = Election(
             node_id=node_id,
@@ -79,6 +82,8 @@ class Master:
         """Campaigns and leads until cancelled."""
         stop_watching = self._bus.on_state(self._bus_changed)
         stop_listening = self._replica.on_change(self._view_changed)
+        if (self._bus.state == "connected") != self._election.is_connected:
+            self._bus_changed(self._bus.state)
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._tick(), name="election-tick")
@@ -86,13 +91,15 @@ class Master:
         finally:
             stop_listening()
             stop_watching()
-            await self._commands.close()
+            await self._commands.drop_running()
 
     def _bus_changed(self, state: BusState) -> None:
         self._enqueue(BusChanged(state == "connected"))
 
     def _view_changed(self, view: ClusterView) -> None:
-        if view.master is not None:
+        # a change of anything else in the view is no sign of life of the master
+        if view.master is not None and view.master is not self._heard:
+            self._heard = view.master
             self._enqueue(BeatHeard(view.master.term))
 
     def _enqueue(self, heard: ElectionInput) -> None:
@@ -107,7 +114,8 @@ class Master:
     async def _elect(self, tasks: asyncio.TaskGroup) -> None:
         while True:
             heard = await self._inputs.get()
-            self._election, effects = step(self._election, heard, self._clock.now())
+            now = self._bus.heard_at if isinstance(heard, Tick) else self._clock.now()
+            self._election, effects = step(self._election, heard, now)
             for effect in effects:
                 if isinstance(effect, BeganTerm):
                     self._leading = tasks.create_task(self._lead(effect.term), name=f"lead-{effect.term.number}")
@@ -117,23 +125,30 @@ class Master:
                     self._leading = None
 
     async def _end_lead(self, leading: asyncio.Task[None]) -> None:
+        if self._leader is not None:
+            self._leader.close()
         leading.cancel()
         await asyncio.wait({leading})
 
     async def _lead(self, term: Term) -> None:
         log.info("master of term %d, %d instances", term.number, len(self._replica.view.state.instances))
-        self._leader = Leader(self._bus, self._replica, self._clock, term, self._rules)
-        service = await self._bus.serve(
-            "master",
-            {MASTER_PLACE: self._place, MASTER_PREVIEW: self._preview, MASTER_DELETE: self._delete},
-            metadata={"node": term.node_id, "term": str(term.number)},
-            node=term.node_id,
-        )
+        self._leader = leader = Leader(self._bus, self._replica, self._clock, term, self._rules)
+        service: Service | None = None
         try:
-            await self._leader.run()
+            service = await self._bus.serve(
+                "master",
+                {MASTER_PLACE: self._place, MASTER_PREVIEW: self._preview, MASTER_DELETE: self._delete},
+                metadata={"node": term.node_id, "term": str(term.number)},
+                node=term.node_id,
+            )
+            await leader.run()
         finally:
+            leader.close()
             self._leader = None
-            await service.close(drain_s=0.0)
+            await self._commands.drop_running()
+            if service is not None:
+                # so that callers hear at once that they must ask somebody else
+                await service.close(drain_s=ANSWER_S)
 
     def _leader_now(self) -> Leader:
         if self._leader is None:

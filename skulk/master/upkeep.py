@@ -40,10 +40,12 @@ class Upkeep(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         barred: by instance, the nodes that refused it and until when they aren't asked again.
         missing: by node, since when assignments name a node that nobody hears.
+        settles_at: until then nothing moves: a new master hasn't heard everybody yet.
     """
 
     barred: Mapping[str, Mapping[str, float]] = {}
     missing: Mapping[str, float] = {}
+    settles_at: float = 0.0
 
 
 def with_missing(upkeep: Upkeep, view: ClusterView, now: float) -> Upkeep:
@@ -127,6 +129,8 @@ def _refused(view: ClusterView, instances: tuple[Instance, ...]) -> Iterator[Eve
 def _moved(
     upkeep: Upkeep, view: ClusterView, instances: tuple[Instance, ...], now: float, rules: Rules
 ) -> Iterator[Event]:
+    if now < upkeep.settles_at:
+        return
     for instance in instances:
         if instance.assignment is None:
             continue

@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import logging
+import stat
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -193,9 +194,12 @@ class Catalogue:
     def _header_of(self, path: Path) -> GgufHeader | str:
         """A file's header, or what is wrong with it."""
         try:
-            stat = path.stat()
-            key = (str(path), stat.st_size, stat.st_mtime_ns)
-            header = self._headers.get(key) or self._old_headers.get(key) or _read(path, stat.st_size)
+            facts = path.stat()
+            if not stat.S_ISREG(facts.st_mode):
+                # opening a pipe would wait for ever
+                return f"{path} is no regular file; remove it."
+            key = (str(path), facts.st_size, facts.st_mtime_ns)
+            header = self._headers.get(key) or self._old_headers.get(key) or _read(path, facts.st_size)
             self._headers[key] = header
             return header
         except OSError as error:

@@ -80,8 +80,22 @@ def _gguf_files(folder: Path, problems: list[tuple[Path, str]]) -> Iterator[Path
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
-            if name.lower().endswith(".gguf") and not name.startswith("."):
-                yield Path(place) / name
+            if not name.lower().endswith(".gguf") or name.startswith("."):
+                continue
+            path = Path(place) / name
+            if _is_text(path):
+                yield path
+            else:
+                problems.append((path, f"{str(path)!a} has a name that is no UTF-8; rename it."))
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a path can stand in a message: file systems allow bytes that are no text."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _home_of(folder: Path, path: Path) -> tuple[str, Path]:

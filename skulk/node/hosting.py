@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, Protocol
 
 import msgspec
@@ -20,7 +20,7 @@ from skulk.bus.port import Bus
 from skulk.bus.subjects import RUNNER_STATUS
 from skulk.clock import Clock
 from skulk.cluster.reconcile import Wanted, difference
-from skulk.errors import ServiceError, SkulkError
+from skulk.errors import ServiceError, SkulkError, UnavailableError
 from skulk.placement.admission import OwnFacts, admit
 from skulk.placement.rooms import reserved_bytes
 from skulk.wire.base import ErrorBody
@@ -60,15 +60,22 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     path: str
 
 
+class MeasuredFacts(OwnFacts, Protocol):
+    """A node's facts, and the memory of each runner's process measured together with them, in bytes by runner id."""
+
+    @property
+    def runner_bytes(self) -> Mapping[str, int]: ...
+
+
 class Host(Protocol):
-    """What hosting needs from the outside."""
+    """What hosting needs from the outside. What may fail raises `SkulkError` or `OSError`."""
 
     async def prepare(self, wanted: Wanted) -> Prepared:
         """Finds and verifies the weights; a `SkulkError` is the reason of the refusal."""
         ...
 
-    async def facts(self) -> OwnFacts:
-        """This node's tags and memory, measured now."""
+    async def facts(self, pids: dict[str, int]) -> MeasuredFacts:
+        """This node's tags and memory, measured now; ``pids``: the runners' processes by runner id."""
         ...
 
     def supervise(self, wanted: Wanted, prepared: Prepared, on_exit: Callable[[ProcessReport], None]) -> RunnerProcess:
@@ -77,7 +84,7 @@ class Host(Protocol):
 
 
 class _Runner:
-    """One runner that is, or was to be, here."""
+    """One runner that is, or was to be, here. ``is_over``: it isn't started any more."""
 
     def __init__(self, wanted: Wanted, status: RunnerStatus) -> None:
         self.wanted = wanted
@@ -85,6 +92,7 @@ class _Runner:
         self.process: RunnerProcess | None = None
         self.task: asyncio.Task[None] | None = None
         self.is_stopping = False
+        self.is_over = False
 
 
 class Hosting:
@@ -120,10 +128,16 @@ class Hosting:
         self._changed.set()
 
     def heard(self, status: RunnerStatus) -> None:
-        """A runner's own word about itself; what others say about runners that aren't here is ignored."""
+        """A runner's own word about itself; what others say about runners that aren't here is ignored.
+
+        Its words come in their order, so only those of an earlier process are stale. ``since`` can't tell: a clock
+        that was set back would freeze the status.
+        """
         runner = self._runners.get(status.runner_id)
-        if runner is not None and status.since >= runner.status.since and not runner.is_stopping:
-            runner.status = msgspec.structs.replace(status, restarts=max(status.restarts, runner.status.restarts))
+        if runner is None or runner.process is None or runner.is_stopping or runner.is_over:
+            return
+        if status.restarts == runner.status.restarts:
+            runner.status = msgspec.structs.replace(status, since=max(status.since, runner.status.since))
 
     async def run(self) -> None:
         """Starts and stops runners until cancelled; then stops all of them."""
@@ -154,14 +168,18 @@ class Hosting:
     async def _keep(self, runner: _Runner) -> None:
         """The life of one runner, from its admission until it is stopped."""
         try:
-            prepared = await self._host.prepare(runner.wanted)
-            facts = await self._host.facts()
-            refusal = admit(facts, runner.wanted.assignment, self._reserved_besides(runner))
+            await self._live(runner)
+        except Exception as error:  # the border: a defect around one runner doesn't take the node with it
+            log.exception("runner %s failed", runner.status.runner_id)
+            runner.is_over = True
+            detail = f"it could not be kept running ({error}); the node's log has more"
+            self._tell(runner, "failed", lost_process(detail))
+
+    async def _live(self, runner: _Runner) -> None:
+        try:
+            prepared = await self._admitted(runner)
         except SkulkError as error:
             self._tell(runner, "refused", ErrorBody.of(error))
-            return
-        if refusal is not None:
-            self._tell(runner, "refused", ErrorBody.of(refusal))
             return
         # no await since the memory was counted: two runners can't be admitted on the same room
         self._tell(runner, "accepted")
@@ -169,13 +187,26 @@ class Hosting:
         runner.process = process
         await process.run()
 
-    def _reserved_besides(self, runner: _Runner) -> int:
+    async def _admitted(self, runner: _Runner) -> Prepared:
+        """What the runner starts with; a `SkulkError` is the reason why it doesn't."""
+        try:
+            prepared = await self._host.prepare(runner.wanted)
+            facts = await self._host.facts(self.pids())
+        except OSError as error:
+            text = f"{error}; mend that on this node, or place the model on another one"
+            raise UnavailableError("refused_by_node", text) from error
+        refusal = admit(facts, runner.wanted.assignment, self._reserved_besides(runner, facts.runner_bytes))
+        if refusal is not None:
+            raise refusal
+        return prepared
+
+    def _reserved_besides(self, runner: _Runner, measured: Mapping[str, int]) -> int:
         others = [found for found in self._runners.values() if found is not runner and found.status.phase != "refused"]
         admitted = [found for found in others if found.process is not None or found.status.phase == "accepted"]
         return reserved_bytes(
             [found.status for found in admitted],
             {found.status.runner_id: found.wanted.assignment.memory.need_bytes for found in admitted},
-            {found.status.runner_id: found.status.memory_bytes for found in admitted},
+            measured,
         )
 
     def measured(self, memory_bytes: dict[str, int]) -> None:
@@ -190,6 +221,7 @@ class Hosting:
         log.warning("runner %s: %s", runner.status.runner_id, report.error.detail)
         kept = runner.status
         runner.status = msgspec.structs.replace(kept, restarts=report.restarts)
+        runner.is_over = report.is_final
         # its own word, where it had one, says more than its exit status
         own = kept.error if kept.phase == "failed" and not report.is_final else None
         self._tell(runner, "failed", own or report.error)
@@ -197,7 +229,10 @@ class Hosting:
     async def _stop(self, runner: _Runner) -> None:
         self._tell(runner, "draining")
         if runner.process is not None:
-            await runner.process.stop()
+            try:
+                await runner.process.stop()
+            except Exception:  # the border: the cancelled task below kills what would not stop
+                log.exception("runner %s can't be stopped in order", runner.status.runner_id)
         if runner.task is not None:
             runner.task.cancel()
             await asyncio.wait({runner.task})

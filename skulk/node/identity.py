@@ -34,13 +34,17 @@ def load_identity(home: Path) -> NodeIdentity:
     """The node's identity; made and kept at the first start.
 
     Raises:
-        StartError: ``config_invalid``: the file is damaged; ``home_not_writable``.
+        StartError: ``config_invalid``: the file is damaged; ``home_not_writable``: it can't be read or written.
+        ServiceError: ``disk_full``.
     """
     path = home / "identity.json"
     node_id = _read(path)
     if node_id is None:
         node_id = new_node_id()
-        write_atomic(path, msgspec.json.encode(_Kept(node_id=node_id)))
+        try:
+            write_atomic(path, msgspec.json.encode(_Kept(node_id=node_id)))
+        except OSError as error:
+            raise _unusable(path, error) from error
     return NodeIdentity(node_id=node_id, incarnation=new_incarnation(), name=socket.gethostname())
 
 
@@ -49,13 +53,23 @@ def _read(path: Path) -> str | None:
         body = path.read_bytes()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise _unusable(path, error) from error
     try:
         node_id = msgspec.json.decode(body, type=_Kept).node_id
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _damaged(path) from error
     if not is_token(node_id):
         raise _damaged(path)
     return node_id
+
+
+def _unusable(path: Path, error: OSError) -> StartError:
+    return StartError(
+        "home_not_writable",
+        f"{path}, which holds this node's identity, can't be used: {error.strerror or error}. "
+        "Make it readable and writable for this user, or choose another home with --home DIR.",
+    )
 
 
 def _damaged(path: Path) -> StartError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 import msgspec
 
@@ -27,6 +27,8 @@ from skulk.wire.model import HeldModel
 from skulk.wire.state import ClusterState
 
 log = logging.getLogger("skulk.node")
+
+MEASURE_S: Final = 0.5
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,7 +52,7 @@ class Meter(Protocol):
     """Measures this machine."""
 
     async def measure(self, pids: dict[str, int]) -> Measured:
-        """Facts as they are now; ``pids``: the runners' processes by runner id."""
+        """Facts as they are now; ``pids``: the runners' processes by runner id. What can't be read is an `OSError`."""
         ...
 
 
@@ -96,6 +98,7 @@ class Node:
         self._authority = authority
         self._roles = roles
         self._started_at = clock.wall()
+        self._measured: Measured | None = None
 
     async def run(self) -> None:
         """Plays the role until cancelled; then its runners are stopped and the state is on disk."""
@@ -108,7 +111,7 @@ class Node:
         self._view_changed(replica.view)
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._beat(), name="node-beat")
+                tasks.create_task(self._beat(tasks), name="node-beat")
                 tasks.create_task(self._hosting.run(), name="hosting")
                 tasks.create_task(self._state_file.run(), name="state-file")
         finally:
@@ -122,17 +125,32 @@ class Node:
         self._hosting.want(wanted_of(view.state, self._identity.node_id))
         self._state_file.offer(view.state)
 
-    async def _beat(self) -> None:
+    async def _beat(self, tasks: asyncio.TaskGroup) -> None:
+        """Speaks every second, with the last facts where measuring takes long or fails: a slow disk is no lost node."""
+        measuring: asyncio.Task[None] | None = None
         while True:
             due = self._clock.now() + NODE_BEAT_S
-            try:
-                await self._bus.publish(NODE_BEAT, await self._compose(), node=self._identity.node_id)
-            except SkulkError as error:
-                log.info("no beat: %s", error)
+            if measuring is None or measuring.done():
+                measuring = tasks.create_task(self._measure(), name="measure")
+            await asyncio.wait({measuring}, timeout=MEASURE_S)
+            if self._measured is not None:
+                await self._speak(self._measured)
             await asyncio.sleep(max(0.0, due - self._clock.now()))
 
-    async def _compose(self) -> NodeBeat:
-        measured = await self._meter.measure(self._hosting.pids())
+    async def _measure(self) -> None:
+        try:
+            self._measured = await self._meter.measure(self._hosting.pids())
+        except OSError as error:
+            log.warning("this machine can't be measured now: %s", error)
+
+    async def _speak(self, measured: Measured) -> None:
+        try:
+            await self._bus.publish(NODE_BEAT, self._compose(measured), node=self._identity.node_id)
+        except SkulkError as error:
+            log.info("no beat: %s", error)
+
+    def _compose(self, measured: Measured) -> NodeBeat:
+        # not what the runners say of themselves by now: it must go with the memory that was measured
         self._hosting.measured(measured.runner_bytes)
         roles = self._roles()
         view = self._replica.view

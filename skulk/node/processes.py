@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -11,6 +12,7 @@ from typing import Final
 import msgspec
 
 from skulk.cluster.reconcile import Wanted
+from skulk.errors import UnavailableError
 from skulk.models.catalogue import Catalogue
 from skulk.node.hosting import Prepared, ProcessReport, lost_process
 from skulk.node.measuring import MachineMeter
@@ -59,19 +61,37 @@ class LocalMachine:
         self._catalogue = catalogue
         self._meter = meter
         self._ledger = ledger
+        self._hashing = asyncio.Lock()
 
     async def prepare(self, wanted: Wanted) -> Prepared:
-        """Finds the model's file and verifies it against its card; both in a thread."""
-        return Prepared(path=await asyncio.to_thread(self._find, wanted.instance.model_id))
+        """Finds the model's file and verifies it against its card, in a thread that ends when this is cancelled.
 
-    def _find(self, model_id: str) -> str:
+        Raises:
+            SkulkError: ``refused_by_node``: this node runs no models; what the catalogue has against the model.
+        """
+        if self._settings.participation == "management":
+            # the state may be older than the role
+            raise UnavailableError("refused_by_node", "this node runs no models (--no-worker)")
+        is_cancelled = threading.Event()
+        # one at a time: two would only share the disk, and a few would leave no thread for the beats
+        async with self._hashing:
+            try:
+                return Prepared(path=await asyncio.to_thread(self._find, wanted.instance.model_id, is_cancelled))
+            finally:
+                is_cancelled.set()
+
+    def _find(self, model_id: str, is_cancelled: threading.Event) -> str:
+        def on_block(_: int) -> None:
+            if is_cancelled.is_set():
+                raise InterruptedError(f"the check of {model_id} is not needed any more")
+
         entry = self._catalogue.find(model_id)
-        self._catalogue.verify(entry)
+        self._catalogue.verify(entry, on_block)
         return str(self._catalogue.path_of(model_id))
 
-    async def facts(self) -> Measured:
+    async def facts(self, pids: dict[str, int]) -> Measured:
         """Tags and memory, measured now."""
-        return await self._meter.measure({})
+        return await self._meter.measure(pids)
 
     def supervise(
         self, wanted: Wanted, prepared: Prepared, on_exit: Callable[[ProcessReport], None]

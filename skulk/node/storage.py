@@ -5,32 +5,43 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
 from skulk.cluster.fold import state_hash
-from skulk.errors import SkulkError
+from skulk.errors import SkulkError, StartError
 from skulk.files import write_atomic
 from skulk.wire.state import ClusterState
 
 log = logging.getLogger("skulk.node")
+
+RETRY_S: Final = 10.0
 
 
 def load_state(home: Path, cluster: str) -> ClusterState | None:
     """The state of the last run; None where there is none, or none of this cluster.
 
     A damaged file is set aside under another name, never overwritten: it may be all that is left.
+
+    Raises:
+        StartError: ``home_not_writable``: it is there and can't be read, or not be set aside.
     """
     path = home / "state.json"
     try:
         body = path.read_bytes()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise _unusable(path, error) from error
     try:
         state = msgspec.json.decode(body, type=ClusterState)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         aside = path.with_suffix(".damaged.json")
-        path.replace(aside)
+        try:
+            path.replace(aside)
+        except OSError as failure:
+            raise _unusable(path, failure) from failure
         log.warning(
             "%s can't be read (%s); it is set aside as %s and the node starts with no placements", path, error, aside
         )
@@ -39,6 +50,14 @@ def load_state(home: Path, cluster: str) -> ClusterState | None:
         log.warning("%s belongs to the cluster %r, not %r; it is not used", path, state.cluster, cluster)
         return None
     return state
+
+
+def _unusable(path: Path, error: OSError) -> StartError:
+    return StartError(
+        "home_not_writable",
+        f"{path}, which holds this node's placements, can't be used: {error.strerror or error}. "
+        "Make it readable and writable for this user, or choose another home with --home DIR.",
+    )
 
 
 class StateFile:
@@ -58,18 +77,26 @@ class StateFile:
             self._changed.set()
 
     async def run(self) -> None:
-        """Writes what is offered until cancelled."""
+        """Writes what is offered until cancelled; what could not be written is tried again."""
+        is_written = True
         while True:
-            await self._changed.wait()
+            try:
+                async with asyncio.timeout(None if is_written else RETRY_S):
+                    await self._changed.wait()
+            except TimeoutError:
+                log.debug("the state of the cluster is written once more")
             self._changed.clear()
-            await self.flush()
+            is_written = await self.flush()
 
-    async def flush(self) -> None:
-        """Writes the newest state now if it isn't on disk; a full disk is reported, and the node goes on."""
+    async def flush(self) -> bool:
+        """Writes the newest state now if it isn't on disk, and says whether it is.
+
+        A disk that is full or read-only is reported, and the node goes on.
+        """
         async with self._writing:
             state = self._newest
             if state is None or (digest := state_hash(state)) == self._written:
-                return
+                return True
             write = asyncio.ensure_future(asyncio.to_thread(write_atomic, self._path, msgspec.json.encode(state)))
             try:
                 await asyncio.shield(write)
@@ -78,7 +105,8 @@ class StateFile:
                 await asyncio.wait({write})
                 write.exception()
                 raise
-            except SkulkError as error:
+            except (SkulkError, OSError) as error:
                 log.warning("the state of the cluster is not on disk: %s", error)
-                return
+                return False
             self._written = digest
+            return True

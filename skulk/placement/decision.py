@@ -200,7 +200,7 @@ def _unwanted(view: ClusterView, request: PlacementRequest, node: NodeView) -> _
     if request.node_ids and not names & set(request.node_ids):  # e.
         return _Verdict("not_selected", f"node_ids names only {', '.join(request.node_ids)}")
     drain = view.state.drains.get(node.beat.node_id)
-    if drain is not None:  # f.
+    if drain is not None and drain.active:  # f.
         return _Verdict("draining", drain.reason or "takes no new work")
     return None
 

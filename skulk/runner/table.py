@@ -81,9 +81,6 @@ class RequestTable:
         self._requests[request.key] = request
         return request
 
-    def is_open(self, request: OpenRequest) -> bool:
-        return request.state != "ended" and self._requests.get(request.key) is request
-
     def open_requests(self) -> tuple[OpenRequest, ...]:
         """All that haven't ended."""
         return tuple(request for request in self._requests.values() if request.state != "ended")

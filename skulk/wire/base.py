@@ -76,3 +76,5 @@ def decode(body: bytes, kind: type[T]) -> T:
         return decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ServiceError("invalid_message", f"not a {getattr(kind, '__name__', kind)}: {error}") from error
+    except RecursionError:
+        raise ServiceError("invalid_message", f"not a {getattr(kind, '__name__', kind)}: nested too deeply") from None

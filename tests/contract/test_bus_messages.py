@@ -97,10 +97,12 @@ async def test_what_cannot_be_read_is_counted_and_what_a_handler_throws_too(worl
     subject = GATEWAY_BEAT.subject(bus.cluster, gateway="g")
     await bus.send(Raw(subject, b"{not json"))
     await bus.send(Raw(subject, b'{"gateway_id": 7}'))
+    await bus.send(Raw(subject, b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}"))
+    await bus.send(Raw(subject.removesuffix("g") + "G", b"{}"))
     for number in (1, 2):
         await bus.publish(GATEWAY_BEAT, gateway_beat(number), gateway="g")
     assert [one.message.open_streams for one in await heard.wait(1)] == [2]
-    assert (bus.counters.undecodable, bus.counters.handler_errors) == (2, 1)
+    assert (bus.counters.undecodable, bus.counters.handler_errors) == (4, 1)
 
 
 async def test_an_id_that_is_no_token_is_refused(world: BusWorld) -> None:

@@ -175,3 +175,12 @@ async def test_a_fetch_ends_with_its_deadline(world: BusWorld) -> None:
     with pytest.raises(ServiceError) as refused:
         await bus.parcels.unpack(Raw("s", encode(parcel), "", {PARCEL: "1"}), deadline=bus.clock.now() + 0.1)
     assert refused.value.code == "deadline_exceeded"
+
+
+@pytest.mark.parametrize("size", [-1, -(2**62)])
+async def test_a_parcel_of_less_than_nothing_is_refused(world: BusWorld, size: int) -> None:
+    bus = await world.bus("one")
+    parcel = Parcel(owner="nobody", parcel_id="p", size_bytes=size, sha256="0" * 64)
+    with pytest.raises(ServiceError) as refused:
+        await bus.parcels.unpack(Raw("s", encode(parcel), "", {PARCEL: "1"}), deadline=None)
+    assert refused.value.code == "invalid_message"

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from skulk.bus.port import Call
+from skulk.bus.services import raise_error_answer
 from skulk.bus.subjects import EVENTS_HISTORY, RUNNER_CANCEL, RUNNER_GENERATE, RUNNER_RESEND
 from skulk.bus.transport import REMAINING_MS, Raw
 from skulk.errors import RequestError, ServiceError, SkulkError, UnavailableError
@@ -311,3 +312,32 @@ async def test_an_empty_question_from_a_person_is_an_empty_object(world: BusWorl
     await bus.send(Raw(EVENTS_HISTORY.subject(bus.cluster), b"", "answers.here"))
     (answer,) = await heard.wait(1)
     assert answer.body == encode(History(node_id="n", events=()))
+
+
+@pytest.mark.parametrize("remaining", ["--5", "9" * 400, "9" * 4400, "\u0661", "soon", "-"])
+async def test_an_unreadable_deadline_counts_as_none(world: BusWorld, remaining: str) -> None:
+    bus = await world.bus("one")
+    calls: Collector[float | None] = Collector()
+
+    async def handler(call: Call[Cancel]) -> Cancelled:
+        calls(call.deadline)
+        return await cancelled(call)
+
+    await bus.serve("runner", {RUNNER_CANCEL: handler}, runner="r-1")
+    subject = RUNNER_CANCEL.subject(bus.cluster, runner="r-1")
+    await bus.send(Raw(subject, encode(Cancel(request_id="q")), "", {REMAINING_MS: remaining}))
+    assert await calls.wait(1) == [None]
+
+
+async def test_a_question_nested_without_end_is_refused(world: BusWorld) -> None:
+    bus = await world.bus("one")
+    await bus.serve("runner", {RUNNER_CANCEL: cancelled}, runner="r-1")
+    heard: Collector[Raw] = Collector()
+    await bus.listen("answers", heard)
+    subject = RUNNER_CANCEL.subject(bus.cluster, runner="r-1")
+    await bus.settle()
+    await bus.send(Raw(subject, b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "answers"))
+    (answer,) = await heard.wait(1)
+    with pytest.raises(RequestError) as refused:
+        raise_error_answer(answer)
+    assert refused.value.code == "invalid_request"

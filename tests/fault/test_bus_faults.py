@@ -9,12 +9,14 @@ import socket
 from collections.abc import AsyncGenerator
 
 import pytest
+from nats.aio.client import Client
 
 from skulk.bus.nats_bus import NatsBus
 from skulk.bus.port import Call, Received
 from skulk.bus.subjects import GATEWAY_BEAT, RUNNER_CANCEL
 from skulk.bus.transport import Raw
 from skulk.errors import RequestError, ServiceError, SkulkError, StartError, UnavailableError
+from skulk.wire.base import encode
 from skulk.wire.beats import GatewayBeat
 from skulk.wire.generation import Cancel, Cancelled, Chunk
 from tests.support.bus import WAIT_S, Collector, NatsWorld, reached
@@ -381,3 +383,54 @@ async def test_a_late_flush_does_not_break_the_connection() -> None:
             proxy.delay_s = 0.0
             await bus.flush(WAIT_S)
             assert (bus.state, bus.counters.replaced_clients) == ("connected", 0)
+
+
+async def send_with_headers(world: NatsWorld, headers: bytes) -> None:
+    """A gateway's beat with these bytes as its headers, as no client of NATS would send it."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.server.port)
+    try:
+        await reader.readline()
+        body = encode(gateway_beat(1))
+        subject = GATEWAY_BEAT.subject(world.cluster, gateway="g").encode()
+        writer.write(b'CONNECT {"verbose":false,"headers":true}\r\n')
+        writer.write(b"HPUB %s %d %d\r\n" % (subject, len(headers), len(headers) + len(body)) + headers + body)
+        writer.write(b"\r\nPING\r\n")
+        assert await asyncio.wait_for(reader.readline(), WAIT_S) == b"PONG\r\n"
+    finally:
+        writer.close()
+        await writer.wait_closed()
+
+
+@pytest.mark.parametrize("headers", [b"NATS/1.0", b"NATS/1.0 \xff\xff\xff\r\n\r\n", b"x", b"NATS/1.0\r\n\xff\r\n\r\n"])
+async def test_malformed_headers_cost_no_connection(headers: bytes) -> None:
+    with NatsServer() as server:
+        async with NatsWorld(server) as world:
+            bus = await world.bus("one")
+            heard: Collector[Received[GatewayBeat]] = Collector()
+            await bus.subscribe(GATEWAY_BEAT, heard)
+            await send_with_headers(world, headers)
+            await heard.wait(1)
+            await bus.publish(GATEWAY_BEAT, gateway_beat(2), gateway="g")
+            assert [one.message.open_streams for one in await heard.wait(2)] == [1, 2]
+            assert bus.counters.reconnects == 0
+
+
+async def test_a_client_that_stopped_reading_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nats-py's read loop ends at anything unforeseen, and the client goes on as if it were connected."""
+
+    async def unforeseen(*_: object) -> None:
+        monkeypatch.undo()
+        raise IndexError("unforeseen")
+
+    with NatsServer() as server:
+        async with NatsWorld(server) as world:
+            bus = await world.bus("one")
+            heard: Collector[Received[GatewayBeat]] = Collector()
+            await bus.subscribe(GATEWAY_BEAT, heard)
+            lost = asyncio.create_task(reached(bus, "disconnected"), name="lost")
+            monkeypatch.setattr(Client, "_process_msg", unforeseen)
+            await bus.publish(GATEWAY_BEAT, gateway_beat(1), gateway="g")
+            await lost
+            await reached(bus, "connected")
+            await bus.publish(GATEWAY_BEAT, gateway_beat(2), gateway="g")
+            assert [one.message.open_streams for one in await heard.wait(1)] == [2]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.support.whole_node import FREE_PORTS, MODEL, skulk, whole_node
+from tests.support.whole_node import FREE_PORTS, MODEL, processes_of, skulk, whole_node
 
 
 async def test_ctrl_c_leaves_nothing_and_a_restart_brings_the_placement_back(tmp_path: Path) -> None:
@@ -32,16 +32,10 @@ async def test_children_die_with_a_killed_launcher(tmp_path: Path) -> None:
 
 
 def test_chat_without_a_cluster_starts_a_private_one_and_cleans_up(tmp_path: Path) -> None:
-    before = {process.pid for process in psutil.process_iter()}
     done = skulk(tmp_path, "chat", "Name three rivers.", timeout_s=120.0)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
-    left = [
-        process.cmdline()
-        for process in psutil.process_iter()
-        if process.pid not in before and any("skulk" in part or "nats-server" in part for part in process.cmdline())
-    ]
-    assert not left
+    assert not processes_of(tmp_path)
     assert not (tmp_path / "node.json").exists()
 
 

@@ -7,29 +7,41 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
+
 from skulk.bus.memory_bus import MemoryBus, MemoryHub
 from skulk.bus.replica import Replica
-from skulk.clock import SystemClock
 from skulk.cluster.reconcile import Wanted
-from skulk.errors import SkulkError
 from skulk.master.master import Master
 from skulk.node.hosting import Hosting, Prepared, ProcessReport
 from skulk.node.identity import NodeIdentity
 from skulk.node.node import Measured, Node, NodeRoles
 from skulk.node.storage import StateFile, load_state
-from skulk.placement.admission import OwnFacts
 from skulk.wire.beats import DiskFacts, MemoryFacts, SystemFacts
 from skulk.wire.model import HeldModel
-from tests.support.states import GIB, beat
+from skulk.wire.state import ClusterState
+from tests.support.states import GIB
+
+
+class FrozenBus(MemoryBus):
+    """A bus whose server can stop answering at a moment, without the connection's end."""
+
+    frozen_at: float | None = None
+
+    @property
+    def heard_at(self) -> float:
+        return super().heard_at if self.frozen_at is None else self.frozen_at
 
 
 class FakeProcess:
-    """A runner's process that only a test ends."""
+    """A runner's process that only a test ends. ``defect``: what `run`, ``stop_defect``: what `stop` raises."""
 
-    def __init__(self, on_exit: Callable[[ProcessReport], None]) -> None:
+    def __init__(self, on_exit: Callable[[ProcessReport], None], defect: Exception | None = None) -> None:
         self.on_exit = on_exit
         self.started = asyncio.Event()
         self.stopped = asyncio.Event()
+        self.defect = defect
+        self.stop_defect: Exception | None = None
 
     @property
     def pid(self) -> int | None:
@@ -37,37 +49,65 @@ class FakeProcess:
 
     async def run(self) -> None:
         self.started.set()
+        if self.defect is not None:
+            raise self.defect
         await self.stopped.wait()
 
     async def stop(self) -> None:
+        if self.stop_defect is not None:
+            raise self.stop_defect
         self.stopped.set()
 
 
 class FakeMachine:
-    """Memory, weights and processes of one machine."""
+    """Memory, weights and processes of one machine.
+
+    Attributes:
+        refusal: what `prepare` raises.
+        defect: what the next process's `run` raises.
+        prepared: cleared by a test, it holds every `prepare` back.
+        runner_bytes: measured memory of runners, by id.
+        measure_failure: what `measure` raises.
+        measurable: cleared by a test, it holds every `measure` back.
+    """
 
     def __init__(self, *, memory_bytes: int = 16 * GIB, models: tuple[str, ...] = ("org/model",)) -> None:
         self.memory_bytes = memory_bytes
         self.own_memory_bytes = memory_bytes
         self.models = models
-        self.refusal: SkulkError | None = None
+        self.refusal: Exception | None = None
+        self.defect: Exception | None = None
+        self.prepared = asyncio.Event()
+        self.prepared.set()
+        self.preparing = asyncio.Event()
+        self.runner_bytes: dict[str, int] = {}
+        self.measure_failure: OSError | None = None
+        self.measurable = asyncio.Event()
+        self.measurable.set()
         self.processes: dict[str, FakeProcess] = {}
 
     async def prepare(self, wanted: Wanted) -> Prepared:
         del wanted
+        self.preparing.set()
+        await self.prepared.wait()
         if self.refusal is not None:
             raise self.refusal
         return Prepared(path="model.gguf")
 
-    async def facts(self) -> OwnFacts:
-        return beat(memory_bytes=self.own_memory_bytes)
+    async def facts(self, pids: dict[str, int]) -> Measured:
+        own = await self.measure(pids)
+        memory = msgspec.structs.replace(own.memory, usable_bytes=self.own_memory_bytes)
+        return msgspec.structs.replace(own, memory=memory)
 
     def supervise(self, wanted: Wanted, prepared: Prepared, on_exit: Callable[[ProcessReport], None]) -> FakeProcess:
         del prepared
-        process = self.processes[wanted.assignment.runner_id] = FakeProcess(on_exit)
+        process = self.processes[wanted.assignment.runner_id] = FakeProcess(on_exit, self.defect)
         return process
 
     async def measure(self, pids: dict[str, int]) -> Measured:
+        await self.measurable.wait()
+        if self.measure_failure is not None:
+            raise self.measure_failure
         return Measured(
             tags=("llama_cpp", "llama_cpp-cpu"),
             system=SystemFacts(hostname="h", os="Linux", architecture="x86_64", chip="c", physical_cores=2),
@@ -78,20 +118,32 @@ class FakeMachine:
             load=0.0,
             models=tuple(HeldModel(model_id=name, size_bytes=1) for name in self.models),
             warnings=(),
-            runner_bytes=dict.fromkeys(pids, 0),
+            runner_bytes={name: self.runner_bytes.get(name, 0) for name in pids},
         )
 
 
 class FakeNode:
     """One node: its roles, and the machine beneath them."""
 
-    def __init__(self, bus: MemoryBus, home: Path, node_id: str, machine: FakeMachine) -> None:
-        clock = SystemClock()
+    def __init__(
+        self,
+        bus: FrozenBus,
+        state_file: StateFile,
+        node_id: str,
+        machine: FakeMachine,
+        *,
+        state: ClusterState | None = None,
+        patience_s: float = 0.0,
+        can_lead: bool = True,
+    ) -> None:
+        clock = bus.clock
         self.bus = bus
         self.machine = machine
-        self.replica = Replica(bus, clock, load_state(home, bus.cluster))
+        self.replica = Replica(bus, clock, state)
         self.hosting = Hosting(bus, clock, node_id, machine)
-        self.master = Master(bus, self.replica, clock, node_id=node_id, incarnation="0001", patience_s=0.0)
+        self.master = Master(
+            bus, self.replica, clock, node_id=node_id, incarnation="0001", patience_s=patience_s, can_lead=can_lead
+        )
         self.node = Node(
             bus,
             self.replica,
@@ -99,7 +151,7 @@ class FakeNode:
             NodeIdentity(node_id=node_id, incarnation="0001", name=f"host-{node_id}"),
             meter=machine,
             hosting=self.hosting,
-            state_file=StateFile(home),
+            state_file=state_file,
             authority=lambda: self.master.state,
             roles=lambda: NodeRoles(version="0.1.0", role="full"),
         )
@@ -112,11 +164,23 @@ class FakeNode:
 
 @asynccontextmanager
 async def running_node(
-    home: Path, *, hub: MemoryHub | None = None, node_id: str = "aaaa", machine: FakeMachine | None = None
+    home: Path,
+    *,
+    hub: MemoryHub | None = None,
+    node_id: str = "aaaa",
+    machine: FakeMachine | None = None,
+    patience_s: float = 0.0,
 ) -> AsyncGenerator[FakeNode]:
     """A node that leads, and has heard its own first beat."""
-    bus = MemoryBus(hub or MemoryHub(), cluster="test", name=node_id)
-    node = FakeNode(bus, home, node_id, machine or FakeMachine())
+    bus = FrozenBus(hub or MemoryHub(), cluster="test", name=node_id)
+    node = FakeNode(
+        bus,
+        StateFile(home),
+        node_id,
+        machine or FakeMachine(),
+        state=load_state(home, bus.cluster),
+        patience_s=patience_s,
+    )
     await node.replica.start()
     task = asyncio.create_task(node.run(), name="fake-node")
     try:

@@ -35,6 +35,7 @@ from skulk.clock import SystemClock
 from skulk.cluster.fold import fold, state_hash
 from skulk.errors import SkulkError
 from skulk.gateway.app import build_app
+from skulk.gateway.http import listen_on
 from skulk.gateway.keys import DISPATCHER, REPLICA
 from skulk.gateway.process import listen
 from skulk.models.catalogue import EMBEDDED_MODEL, Catalogue
@@ -452,7 +453,7 @@ async def running_gateway(home: Path, **changes: Any) -> AsyncGenerator[Gateway]
     listening = listen("127.0.0.1", 0)
     await cluster.start()
     await runner.setup()
-    await web.SockSite(runner, listening).start()
+    server = await listen_on(runner, listening)
     gateway = Gateway(hub, app, cluster, listening.getsockname()[:2], bus)
     try:
         await cluster.beat()
@@ -463,6 +464,7 @@ async def running_gateway(home: Path, **changes: Any) -> AsyncGenerator[Gateway]
         )
         yield gateway
     finally:
+        server.close()
         await gateway.client.close()
         await runner.cleanup()
         await cluster.close()

@@ -18,6 +18,7 @@ import aiohttp
 import psutil
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct-GGUF"
+MARK = "TEST_OF_HOME"
 START_S = 60.0
 STOP_S = 30.0
 FREE_PORTS = ("--api-port", "0", "--nats-port", "0", "--route-port", "0")
@@ -26,7 +27,23 @@ FREE_PORTS = ("--api-port", "0", "--nats-port", "0", "--route-port", "0")
 def environment(home: Path) -> dict[str, str]:
     """The environment of a user who set nothing but the home."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SKULK_")}
-    return {**kept, "SKULK_HOME": str(home), "SKULK_LLAMA_CPP_PARALLEL": "4", "PYTHONUNBUFFERED": "1"}
+    return {
+        **kept,
+        MARK: str(home),
+        "SKULK_HOME": str(home),
+        "SKULK_LLAMA_CPP_PARALLEL": "4",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def processes_of(home: Path) -> list[psutil.Process]:
+    """Every process that was started, directly or not, with the environment of a home."""
+    found: list[psutil.Process] = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == str(home):
+                found.append(process)
+    return found
 
 
 def skulk(home: Path, *arguments: str, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:

@@ -85,6 +85,12 @@ def test_a_reconnect_restarts_the_silence() -> None:
     )
 
 
+def test_a_tick_from_before_the_last_beat_is_no_silence() -> None:
+    """The bus's last sign of life may be a little older than what came with it."""
+    state = tell([(5.0, BusChanged(True), ()), (4.9, Tick(), (BeganTerm(MINE),))], patience_s=0.0)
+    assert state.role == "master"
+
+
 def test_a_higher_term_deposes_and_a_lower_one_does_not() -> None:
     higher = Term(number=2, node_id="bbbb", incarnation="1")
     lower = Term(number=0, node_id="bbbb", incarnation="1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from skulk.cluster.liveness import node_liveness
@@ -65,6 +66,12 @@ def test_an_older_status_never_replaces_a_newer_one() -> None:
     assert late.runners[ASSIGNED.runner_id].phase == "ready"
     stale_beat = with_node_beat(late, beat(runners=(status(ASSIGNED, "loading", since=1.0),)), 0.0)
     assert stale_beat.runners[ASSIGNED.runner_id].phase == "ready"
+
+
+def test_a_node_that_was_started_again_with_an_earlier_clock_is_believed() -> None:
+    before = with_node_beat(view_with(), beat(runners=(status(ASSIGNED, "ready", since=9e9),)), 0.0)
+    restarted = msgspec.structs.replace(beat(runners=(status(ASSIGNED, "loading", since=1.0),)), incarnation="0002")
+    assert with_node_beat(before, restarted, 1.0).runners[ASSIGNED.runner_id].phase == "loading"
 
 
 def test_a_beat_names_all_runners_of_its_node() -> None:

@@ -48,6 +48,12 @@ def is_let_in(check: Callable[[], object], code: str) -> bool:
         ("notlocal.evillocal", False),
         ("", False),
         (":80", False),
+        ("[::1]evil.org", False),
+        ("[::1]:80@evil.org", False),
+        ("localhost:80@evil.org", False),
+        ("localhost@evil.org", False),
+        ("localhost:", False),
+        ("localhost evil.org", False),
     ],
 )
 def test_hosts(host: str, is_ours: bool) -> None:

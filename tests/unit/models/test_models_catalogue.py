@@ -272,3 +272,15 @@ class TestVerificationCache:
         with pytest.raises(KeyboardInterrupt):
             cache.sha256(path, stop)
         assert cache.known(path) is None
+
+
+def test_what_is_no_file_is_not_opened(place: Place) -> None:
+    """Opening a pipe without a writer waits for ever."""
+    place.models.mkdir()
+    os.mkfifo(place.models / "pipe.gguf")
+    (place.models / "endless.gguf").symlink_to("/dev/zero")
+    write_model(place.models / "good.gguf")
+    catalogue = place.catalogue()
+    assert held(catalogue) == {"good"}
+    assert {problem.path.name for problem in catalogue.problems()} == {"pipe.gguf", "endless.gguf"}
+    assert all("no regular file" in problem.reason for problem in catalogue.problems())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,17 @@ def test_the_result_does_not_hang_on_the_order_of_the_disk(tmp_path: Path) -> No
     names = ["o/r/m-Q8_0.gguf", "o/r/m-Q4_K_M.gguf", "a.gguf", "b/c/d-F16.gguf"]
     first = ids(place(tmp_path / "1", *names))
     assert ids(place(tmp_path / "2", *reversed(names))) == first
+
+
+def test_a_name_that_is_no_text_is_a_problem_and_no_model(tmp_path: Path) -> None:
+    """Such a name can't stand in any message: a node that told of it would tell nothing at all any more."""
+    place(tmp_path, "good.gguf")
+    try:
+        (tmp_path / os.fsdecode(b"bad\xff.gguf")).touch()
+    except OSError:
+        pytest.skip("this file system takes text only")
+    scan = scan_folder(tmp_path)
+    assert [model.model_id for model in scan.models] == ["good"]
+    ((_, reason),) = scan.problems
+    assert "UTF-8" in reason
+    reason.encode()

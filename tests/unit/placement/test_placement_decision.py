@@ -120,6 +120,15 @@ def test_a_drained_node_takes_nothing() -> None:
     assert (report.filter, report.detail) == ("draining", "maintenance")
 
 
+def test_a_node_whose_drain_was_ended_serves_again() -> None:
+    view = cluster(PLAIN, STRIX, drained=("d1",))
+    ended = {name: msgspec.structs.replace(drain, active=False) for name, drain in view.state.drains.items()}
+    again = msgspec.structs.replace(view, state=msgspec.structs.replace(view.state, drains=ended))
+    report = place(again, request(), NOW).report_of("d1")
+    assert report is not None
+    assert report.filter != "draining"
+
+
 def test_every_filter_has_a_remedy_and_every_remedy_a_filter() -> None:
     assert set(decision_module._FILTERS) == set(decision_module._REMEDIES)
     assert {name for name, *_ in FILTERED} | {"draining"} == set(decision_module._FILTERS)

@@ -1,0 +1,175 @@
+"""The node goes on where its machine doesn't: beats without measurements, a state that can't be written."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import pytest
+
+from skulk.clock import SystemClock
+from skulk.cluster.reconcile import Wanted
+from skulk.errors import SkulkError, StartError, UnavailableError
+from skulk.models.catalogue import Catalogue
+from skulk.node.identity import load_identity
+from skulk.node.measuring import MachineMeter
+from skulk.node.processes import BusAddress, LocalMachine
+from skulk.node.storage import StateFile, load_state
+from skulk.settings import Settings
+from tests.support.control_plane import FakeMachine, FakeNode, running_node
+from tests.support.states import assignment, instance, state_of
+
+
+async def next_beat(node: FakeNode) -> float:
+    """The moment of the next beat that is heard of the node."""
+    before = node.replica.view.nodes[node.bus.name].heard_at
+    assert await node.replica.wait_until(lambda view: view.nodes[node.bus.name].heard_at > before, 5.0)
+    return node.replica.view.nodes[node.bus.name].heard_at
+
+
+async def test_a_machine_that_cannot_be_measured_still_speaks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    machine = FakeMachine()
+    async with running_node(tmp_path, machine=machine) as node:
+        machine.measure_failure = OSError(24, "Too many open files")
+        await next_beat(node)
+        await next_beat(node)
+        assert node.replica.view.nodes["aaaa"].beat.memory.total_bytes == machine.memory_bytes
+        assert "Too many open files" in caplog.text
+
+
+async def test_a_measurement_that_hangs_delays_no_beat(tmp_path: Path) -> None:
+    machine = FakeMachine()
+    async with running_node(tmp_path, machine=machine) as node:
+        machine.measurable.clear()
+        await next_beat(node)
+        await next_beat(node)
+        machine.memory_bytes //= 2
+        machine.measurable.set()
+        assert await node.replica.wait_until(
+            lambda view: view.nodes["aaaa"].beat.memory.total_bytes == machine.memory_bytes, 5.0
+        )
+
+
+async def test_a_state_that_cannot_be_written_is_written_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.WARNING)
+    monkeypatch.setattr("skulk.node.storage.RETRY_S", 0.01)
+    failed, wrote, loop = asyncio.Event(), asyncio.Event(), asyncio.get_running_loop()
+    is_broken = True
+
+    def write(path: Path, body: bytes) -> None:
+        if is_broken:
+            loop.call_soon_threadsafe(failed.set)
+            raise OSError(30, "Read-only file system", str(path))
+        path.write_bytes(body)
+        loop.call_soon_threadsafe(wrote.set)
+
+    monkeypatch.setattr("skulk.node.storage.write_atomic", write)
+    file = StateFile(tmp_path)
+    task = asyncio.create_task(file.run(), name="state-file")
+    try:
+        file.offer(state_of(seq=7))
+        await asyncio.wait_for(failed.wait(), 2.0)
+        is_broken = False
+        await asyncio.wait_for(wrote.wait(), 2.0)
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+    assert load_state(tmp_path, "test") == state_of(seq=7)
+    assert "Read-only file system" in caplog.text
+
+
+def test_files_that_cannot_be_read_are_told_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "state.json").mkdir()
+    (tmp_path / "identity.json").mkdir()
+    with pytest.raises(StartError, match="placements") as state:
+        load_state(tmp_path, "test")
+    with pytest.raises(StartError, match="identity") as identity:
+        load_identity(tmp_path)
+    assert state.value.code == identity.value.code == "home_not_writable"
+
+
+def test_an_identity_that_cannot_be_written_is_told_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(path: Path, body: bytes) -> None:
+        del body
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr("skulk.node.identity.write_atomic", write)
+    with pytest.raises(StartError, match="Read-only file system"):
+        load_identity(tmp_path)
+
+
+def test_text_that_is_no_utf8_is_damage_too(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_bytes(b'{"cluster":"\xff"}')
+    assert load_state(tmp_path, "test") is None
+    assert (tmp_path / "state.damaged.json").exists()
+    (tmp_path / "identity.json").write_bytes(b'{"node_id":"\xff"}')
+    with pytest.raises(StartError, match="no node identity"):
+        load_identity(tmp_path)
+
+
+def test_a_newer_versions_state_is_read(tmp_path: Path) -> None:
+    body = msgspec.to_builtins(state_of(instance(assigned=assignment()), seq=7))
+    body["a_new_field"] = {"x": 1}
+    body["instances"]["i1"]["another"] = [1]
+    (tmp_path / "state.json").write_bytes(msgspec.json.encode(body))
+    state = load_state(tmp_path, "test")
+    assert state is not None
+    assert state.instances["i1"].assignment == assignment()
+
+
+def machine_of(home: Path, catalogue: Catalogue, **changes: Any) -> LocalMachine:
+    settings = msgspec.structs.replace(Settings(home=str(home), models_dir=str(home / "models")), **changes)
+    meter = MachineMeter(SystemClock(), catalogue, models_dir=home, declared=("cpu",), limit_bytes=0)
+    return LocalMachine(settings, "aaaa", BusAddress(url="nats://127.0.0.1:1"), catalogue, meter, None)
+
+
+WANTED = Wanted(instance=instance(assigned=assignment()), assignment=assignment())
+
+
+async def test_a_management_node_starts_nothing_that_an_old_state_gives_it(tmp_path: Path) -> None:
+    catalogue = Catalogue(tmp_path / "models", verified_file=tmp_path / "verified.json")
+    with pytest.raises(UnavailableError, match="--no-worker"):
+        await machine_of(tmp_path, catalogue, participation="management").prepare(WANTED)
+
+
+async def test_weights_that_vanished_are_a_reason(tmp_path: Path) -> None:
+    catalogue = Catalogue(tmp_path / "models", verified_file=tmp_path / "verified.json")
+    with pytest.raises(SkulkError, match="org/model"):
+        await machine_of(tmp_path, catalogue).prepare(WANTED)
+
+
+async def test_a_check_that_is_not_needed_any_more_ends_its_thread(tmp_path: Path) -> None:
+    begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    class SlowCatalogue:
+        """Hashes until it is told that nobody waits."""
+
+        def find(self, model_id: str) -> str:
+            return model_id
+
+        def verify(self, entry: str, on_block: Any) -> None:
+            del entry
+            begun.set()
+            try:
+                for _ in range(100):
+                    go_on.wait(5.0)
+                    on_block(1)
+            except OSError:
+                ended.set()
+                raise
+
+    machine = machine_of(tmp_path, cast("Catalogue", SlowCatalogue()))
+    preparing = asyncio.create_task(machine.prepare(WANTED))
+    assert await asyncio.to_thread(begun.wait, 2.0)
+    preparing.cancel()
+    await asyncio.wait({preparing})
+    go_on.set()
+    assert await asyncio.to_thread(ended.wait, 2.0)
