@@ -21,6 +21,7 @@ from skulk import __version__
 from skulk.bus.nats_bus import NatsBus, parse_addresses
 from skulk.bus.replica import Replica
 from skulk.bus.subjects import MASTER_PLACE
+from skulk.cli.gateway_watch import GatewayWatch
 from skulk.cli.node_file import NodeFile, remove_node_file, write_node_file
 from skulk.clock import Clock, SystemClock
 from skulk.errors import SkulkError, StartError, error_of
@@ -182,6 +183,7 @@ class _Launcher:
         self._stack = stack
         self._home = Path(settings.home)
         self._ledger = ChildLedger(self._home)
+        self._gateway_id = f"gw-{identity.node_id}"
         self._endpoint: NatsEndpoint | None = None
         self._api: str | None = None
         self._api_port = settings.api_port
@@ -293,6 +295,7 @@ class _Launcher:
         )
         self._keep("gateway", gateway.run(), gateway.stop)
         await gateway.wait_ready()
+        self._spawn("gateway-watch", GatewayWatch(self._bus, self._clock, gateway, self._gateway_id).run())
 
     def _gateway_ready(self, child: Child, ready: Ready) -> None:
         del child
@@ -307,7 +310,7 @@ class _Launcher:
     def _gateway_child(self, address: BusAddress) -> ChildSpec:
         settings = self._settings
         spec = GatewaySpec(
-            gateway_id=f"gw-{self._identity.node_id}",
+            gateway_id=self._gateway_id,
             incarnation=new_incarnation(),
             node_id=self._identity.node_id,
             node_name=self._identity.name,

@@ -22,6 +22,7 @@ from skulk.settings_load import load_settings
 from skulk.settings_options import OPTIONS
 from skulk.settings_values import Raw
 
+WRONG_USAGE: Final = 2
 INTERRUPTED: Final = 130
 BROKEN_PIPE: Final = 141
 # Programs of the launcher, not of people: they read their instruction from stdin.
@@ -65,6 +66,9 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
         # A terminal that lacks a character gets a stand-in for it, not a traceback.
         with suppress(AttributeError):
             stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
+    if any(not argument.isascii() and _is_broken(argument) for argument in argv):
+        note("an argument is no UTF-8 text; write it in the terminal's own encoding, UTF-8")
+        return WRONG_USAGE
     arguments = build_parser().parse_args(argv)
     try:
         status = arguments.run(_context(arguments, os.environ if environ is None else environ))
@@ -79,6 +83,11 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = BROKEN_PIPE
     return status
+
+
+def _is_broken(argument: str) -> bool:
+    """Whether bytes that are no text stand in an argument (Python keeps them as surrogates)."""
+    return any("\ud800" <= letter <= "\udfff" for letter in argument)
 
 
 def _context(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Context:

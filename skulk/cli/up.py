@@ -1,6 +1,6 @@
 """``skulk up``: starts a node, says where it answers, serves until it is told to stop.
 
-first SIGINT or SIGTERM    graceful: running answers may end, then all processes stop
+first SIGINT or SIGTERM    graceful: running answers may end, then all processes stop; so does SIGHUP
 a second one               at once
 stdin closes               as the first, where another program of Skulk started this one (`skulk chat`)
 """
@@ -11,6 +11,7 @@ import asyncio
 import json
 import logging
 import os
+import signal
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from importlib import import_module
@@ -123,7 +124,9 @@ class _Signals:
         self._task = task
         self._loop = asyncio.get_running_loop()
         self._next: asyncio.TimerHandle | None = None
-        for number in SIGNALS:
+        for number in (*SIGNALS, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_IGN:
+                continue  # nohup's wish
             self._loop.add_signal_handler(number, self._on_signal, number)
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
@@ -10,6 +10,8 @@ from skulk.cluster.liveness import NODE_LOST_S, NodeLiveness, node_liveness
 from skulk.wire.beats import MasterBeat, NodeBeat, RunnerStatus
 from skulk.wire.state import ClusterState, Instance
 
+MAX_RUNNERS: Final = 100_000
+"""More than any cluster has; what would exceed it is nonsense."""
 InstancePhase = Literal["pending", "placing", "loading", "ready", "failed"]
 
 
@@ -59,13 +61,19 @@ def with_node_beat(view: ClusterView, beat: NodeBeat, now: float) -> ClusterView
 
 def with_runner_status(view: ClusterView, status: RunnerStatus) -> ClusterView:
     """The view after a runner's own word, or its supervisor's."""
-    kept = _newer(view.runners.get(status.runner_id), status)
+    known = view.runners.get(status.runner_id)
+    if known is None and len(view.runners) >= MAX_RUNNERS:
+        return view
+    kept = _newer(known, status)
     return msgspec.structs.replace(view, runners={**view.runners, status.runner_id: kept})
 
 
 def _newer(known: RunnerStatus | None, heard: RunnerStatus) -> RunnerStatus:
-    """A beat may have been written before the last status message; ``since`` tells which phase is newer."""
-    if known is None or heard.since >= known.since:
+    """The later of two words: a beat may have been written before the last status message.
+
+    A life that began later counts more than the time, for a clock may be set back.
+    """
+    if known is None or (heard.restarts, heard.since) >= (known.restarts, known.since):
         return heard
     return known
 

@@ -153,6 +153,20 @@ async def test_what_is_killed_comes_back_and_tells_the_truth(node: WholeNode) ->
             await asyncio.sleep(0.2)
 
 
+async def test_a_gateway_that_hangs_is_replaced(node: WholeNode) -> None:
+    url, stopped = node.url, node.children()["gateway"]
+    os.kill(stopped, signal.SIGSTOP)
+    async with asyncio.timeout(40.0):
+        await node.wait_replaced("gateway", stopped)
+        while True:
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                async with asyncio.timeout(2.0):
+                    assert (await node.call("GET", "/health"))[0] == 200
+                break
+            await asyncio.sleep(0.2)
+    assert node.url == url
+
+
 async def test_hostile_files_are_told_and_the_rest_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "models"
     folder.mkdir()

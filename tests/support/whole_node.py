@@ -92,6 +92,13 @@ class WholeNode:
         listed = json.loads((self.home / "children.json").read_text())["children"]
         return {child["name"].split()[0]: child["pid"] for child in listed}
 
+    async def wait_replaced(self, name: str, pid: int) -> None:
+        """Waits until a child of this name runs again as another process."""
+        while True:
+            if self.children().get(name, pid) != pid:
+                return
+            await asyncio.sleep(0.2)
+
     async def call(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         """One call; its status and its JSON."""
         async with self.session.request(method, self.url + path, json=body) as response:

@@ -8,7 +8,7 @@ from typing import Any
 
 from skulk.cluster.view import ClusterView, NodeView
 from skulk.gateway.compat.instances import instance_json, runner_json, shard_json
-from skulk.wire.beats import Accelerator, NodeBeat
+from skulk.wire.beats import Accelerator, HealthReason, NodeBeat, RunnerStatus
 from skulk.wire.model import HeldModel, ModelCard
 
 
@@ -97,14 +97,24 @@ def _disk_json(beat: NodeBeat) -> dict[str, Any]:
 
 
 def _health_json(beat: NodeBeat) -> dict[str, Any]:
-    levels = {warning.level for warning in beat.warnings}
+    reasons = (*beat.warnings, *(_failure(runner) for runner in beat.runners if runner.phase == "failed"))
+    levels = {reason.level for reason in reasons}
     return {
         "level": "error" if "error" in levels else "warn" if levels else "ok",
         "reasons": [
-            {"code": warning.code, "message": warning.message, "remediation": warning.remediation}
-            for warning in beat.warnings
+            {"code": reason.code, "message": reason.message, "remediation": reason.remediation} for reason in reasons
         ],
     }
+
+
+def _failure(runner: RunnerStatus) -> HealthReason:
+    """A runner that is down, as its node's health tells it; the supervisor's sentence says what follows."""
+    return HealthReason(
+        level="error",
+        code="runner_failed" if runner.error is None else runner.error.code,
+        message=f"{runner.model_id}: {'the runner failed' if runner.error is None else runner.error.detail}",
+        remediation=f"If it does not come back by itself: skulk rm {runner.instance_id}, then place the model again",
+    )
 
 
 def _held_json(held: HeldModel, cards: Mapping[str, ModelCard]) -> dict[str, Any]:

@@ -58,6 +58,12 @@ def test_wrong_usage_is_status_2(words: list[str], call: Call):
     assert answer.err.startswith("usage: skulk")
 
 
+def test_an_argument_that_is_no_text_is_told(call: Call):
+    answer = call("place", "model-\udcff")
+    assert answer.status == 2
+    assert "UTF-8" in answer.err
+
+
 def test_settings_that_are_not_accepted_are_status_2_and_one_line(call: Call):
     answer = call("config", "--api-port", "many")
     assert answer == (

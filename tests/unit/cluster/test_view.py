@@ -74,6 +74,23 @@ def test_a_node_that_was_started_again_with_an_earlier_clock_is_believed() -> No
     assert with_node_beat(before, restarted, 1.0).runners[ASSIGNED.runner_id].phase == "loading"
 
 
+def test_a_later_life_counts_more_than_a_clock_that_was_set_back() -> None:
+    before = with_runner_status(view_with(), status(ASSIGNED, "failed", since=900.0))
+    again = with_runner_status(before, msgspec.structs.replace(status(ASSIGNED, "ready", since=5.0), restarts=1))
+    assert again.runners[ASSIGNED.runner_id].phase == "ready"
+    late = with_runner_status(again, status(ASSIGNED, "failed", since=901.0))
+    assert late.runners[ASSIGNED.runner_id].phase == "ready"
+
+
+def test_nonsense_never_fills_the_view(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skulk.cluster.view.MAX_RUNNERS", 2)
+    view = view_with("ready")
+    for number in range(5):
+        view = with_runner_status(view, msgspec.structs.replace(status(ASSIGNED), runner_id=f"spoof-{number}"))
+    assert len(view.runners) == 2
+    assert with_runner_status(view, status(ASSIGNED, "failed", since=9.0)).runners[ASSIGNED.runner_id].phase == "failed"
+
+
 def test_a_beat_names_all_runners_of_its_node() -> None:
     view = with_node_beat(view_with("ready"), beat(), 0.0)
     assert view.runners == {}

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from skulk.cluster.view import ClusterView, NodeView
+from skulk.cluster.view import ClusterView, NodeView, with_node_beat
 from skulk.gateway.compat.instances import instance_json, instance_of_json, runner_json
 from skulk.gateway.compat.previews import previews_json
 from skulk.gateway.compat.state import state_json
@@ -245,3 +245,14 @@ def test_the_views_word_for_a_death() -> None:
     assert "lost" in gone.detail
     draining = msgspec.structs.replace(view, runners={"i1-1": status(ASSIGNED, "draining")})
     assert death_of(draining, known) is None, "a draining runner finishes its streams"
+
+
+def test_a_runner_that_is_down_shows_in_its_nodes_health() -> None:
+    error = ErrorBody(code="child_failed", detail="5 crashes within 10 min: not started again.")
+    down = msgspec.structs.replace(status(assignment(), "failed"), error=error)
+    view = with_node_beat(ClusterView(state=state_of(instance(assigned=assignment()))), beat(runners=(down,)), 0.0)
+    health = state_json(view, {}, 0.0, 0.0)["nodeHealth"]["aaaa"]
+    assert health["level"] == "error"
+    assert health["reasons"][0]["code"] == "child_failed"
+    assert "5 crashes" in health["reasons"][0]["message"]
+    assert "skulk rm i1" in health["reasons"][0]["remediation"]
