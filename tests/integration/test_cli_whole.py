@@ -23,7 +23,13 @@ def test_a_node_and_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[
     words = command("up", "--local", "--home", str(home), *FREE_PORTS, "--place", EMBEDDED_MODEL, "--greet")
     call = caller(capsys, {"SKULK_HOME": str(home)})
     with no_process_left(), (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(words, env=process_environ(home), stdout=subprocess.PIPE, stderr=log, text=True)
+        process = subprocess.Popen(
+            words,
+            env=process_environ(home, SKULK_LLAMA_CPP_PARALLEL="4"),
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
         try:
             assert process.stdout is not None
             said: list[str] = []
@@ -73,19 +79,3 @@ def test_a_node_and_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[
         finally:
             process.kill()
             process.communicate()
-
-
-def test_a_private_chat(tmp_path: Path):
-    environ = process_environ(tmp_path, SKULK_API_PORT="1", TMPDIR=str(tmp_path))
-    with no_process_left():
-        done = subprocess.run(
-            command("chat", "Name three rivers."),
-            env=environ,
-            capture_output=True,
-            text=True,
-            timeout=START_S,
-            check=False,
-        )
-    assert done.returncode == 0, done.stderr
-    assert "River" in done.stdout
-    assert list(tmp_path.glob("skulk-private-*")) == []

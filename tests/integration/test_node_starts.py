@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.support.whole_node import FREE_PORTS, MODEL, processes_of, skulk, whole_node
 
@@ -31,10 +32,14 @@ async def test_children_die_with_a_killed_launcher(tmp_path: Path) -> None:
         assert not alive
 
 
-def test_chat_without_a_cluster_starts_a_private_one_and_cleans_up(tmp_path: Path) -> None:
+def test_chat_without_a_cluster_starts_a_private_one_and_cleans_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     done = skulk(tmp_path, "chat", "Name three rivers.", timeout_s=120.0)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    assert "River" in done.stdout
+    assert list(tmp_path.glob("skulk-private-*")) == []
     assert not processes_of(tmp_path)
     assert not (tmp_path / "node.json").exists()
 
