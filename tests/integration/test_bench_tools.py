@@ -160,6 +160,7 @@ def test_without_the_binary_only_ours_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(bench_engine, "PACKAGE", "no_such_package_of_programs")
     arguments = ["--sizes", "1", "--rounds", "1", "--prompt", "16", "--generated", "4", "--threads", "1"]
     assert bench_engine.main(arguments) == 0
     assert "not measured: llama-batched-bench is not here" in capsys.readouterr().out

@@ -18,9 +18,9 @@ from skulk.engines.llama_cpp.layout import layout_of
 
 
 def sample(*times: float, sent: float = 0.0, ended: float | None = None, **fields: Any) -> Sample:
-    plain: dict[str, Any] = {"name": "s", "completion_tokens": len(times)}
     end = ended if ended is not None else (times[-1] if times else sent)
-    return Sample(**{**plain, "sent_s": sent, "ended_s": end, "arrivals_s": times, **fields})
+    plain: dict[str, Any] = {"sent_s": sent, "ended_s": end, "arrivals_s": times, "completion_tokens": len(times)}
+    return Sample(name="s", **(plain | fields))
 
 
 def test_percentiles_lie_between_their_neighbours() -> None:
