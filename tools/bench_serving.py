@@ -7,7 +7,8 @@
 
 Several URLs are measured in pairs: A B, then B A, and so on, each round with prompts of its own that all servers get
 alike. Ratios are those of the first URL to the others, round by round. A request that fails is counted and told; the
-whole run ends at --deadline. Where the servers' defaults differ, so does what they sample: give --temperature.
+whole run ends at --deadline. Answers are greedy unless --temperature says otherwise. Our runners have niceness 5: on a
+machine that others use too, start what they are compared with under `nice -n 5`.
 """
 
 from __future__ import annotations
