@@ -21,10 +21,6 @@ class Wire(msgspec.Struct, frozen=True, kw_only=True):
     """A record of the bus. A new field has a default, a type never changes, unknown fields are ignored."""
 
 
-class Empty(Wire, frozen=True, kw_only=True):
-    """A message whose arrival says all."""
-
-
 class ErrorBody(Wire, frozen=True, kw_only=True):
     """An error as it crosses the bus: the body beside the ``Nats-Service-Error`` headers, and inside streams.
 

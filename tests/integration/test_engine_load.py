@@ -131,7 +131,7 @@ def test_an_encoder_is_no_generator(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["missing", "broken"])
 def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    real = loader.library.__wrapped__
+    real = library.__wrapped__
 
     def fail(name: str) -> object:
         if how == "missing":
@@ -189,6 +189,6 @@ class TestProbe:
         def missing() -> object:
             raise StartError("engine_missing", "install it")
 
-        monkeypatch.setattr("skulk.engines.llama_cpp.probe.library", missing)
+        monkeypatch.setattr(sys.modules[probe.__module__], "library", missing)
         found = probe()
         assert not found.installed and found.problem == "install it" and found.computes == ()
