@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
@@ -24,6 +24,10 @@ _RETRY_MIN_S: Final = 1.0
 _RETRY_MAX_S: Final = 60.0
 
 
+Reuse = Literal["none", "whole", "cut"]
+"""Of a sequence's state: nothing can be taken over; all of it or nothing; any beginning."""
+
+
 class BatchShape(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine can hold. Tokens, but for ``n_parallel`` and ``max_waiting``: sequences.
 
@@ -33,6 +37,9 @@ class BatchShape(msgspec.Struct, frozen=True, kw_only=True):
         n_batch: the most of one step; more than ``n_parallel``, so that every sequence can decode beside a chunk.
         n_ubatch: the most prefill of one step.
         vocabulary_size: ids are below it.
+        is_unified: one cache that all sequences share; else a stream of ``n_ctx`` cells each.
+        reuse: what can be taken over of a sequence's computed tokens.
+        park_bytes: host memory for states that are set aside; one takes `parked_size`.
     """
 
     n_ctx: int
@@ -42,6 +49,11 @@ class BatchShape(msgspec.Struct, frozen=True, kw_only=True):
     n_ubatch: int
     max_waiting: int
     vocabulary_size: int
+    is_unified: bool = False
+    reuse: Reuse = "none"
+    park_bytes: int = 0
+    state_bytes: int = 0
+    token_bytes: int = 0
 
     def __post_init__(self) -> None:
         assert 0 < self.n_ctx <= self.kv_cells, self
@@ -52,6 +64,10 @@ class BatchShape(msgspec.Struct, frozen=True, kw_only=True):
     def max_open(self) -> int:
         """Sequences that may be open at once, running and waiting."""
         return self.n_parallel + self.max_waiting
+
+    def parked_size(self, count: int) -> int:
+        """Bytes of host memory that the state of ``count`` tokens takes."""
+        return self.state_bytes + count * self.token_bytes
 
 
 def check_fields(generate: Generate, shape: BatchShape) -> None:
@@ -114,10 +130,11 @@ def admit(
     *,
     arrived_at: float,
     default_timeout_s: float,
+    border: int = 0,
 ) -> BatchRequest:
     """The request as the batch holds it, once its prompt is known to fit.
 
-    ``prompt``: its ids; of a resumed request the ids it brought.
+    ``prompt``: its ids; of a resumed request the ids it brought. ``border``: where its last turn begins.
 
     Raises:
         RequestError: ``invalid_request`` (empty prompt), ``context_length_exceeded`` (with both numbers).
@@ -152,6 +169,7 @@ def admit(
         n=generate.n,
         emitted=emitted,
         sent_characters=generate.resume.sent_characters if generate.resume is not None else 0,
+        border=border,
         arrived_at=arrived_at,
         deadline=arrived_at + timeout_s,
     )

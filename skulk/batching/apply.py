@@ -5,8 +5,12 @@ from __future__ import annotations
 import msgspec
 
 from skulk.batching.answer import Vocabulary, draw
+from skulk.batching.cells import grown
+from skulk.batching.operations import Operation
+from skulk.batching.plan import passed_slots
 from skulk.batching.requests import Emitted, Output, Progressed, Sequence
-from skulk.batching.slots import BatchState, Changed, close_choice
+from skulk.batching.slots import close_choice
+from skulk.batching.state import BatchState, Changed
 from skulk.batching.step import StepPlan, StepResult, StepRow
 from skulk.wire.generation import FinishReason
 
@@ -20,21 +24,31 @@ def apply(state: BatchState, plan: StepPlan, result: StepResult, vocabulary: Voc
     outputs: list[Output] = []
     running: list[Sequence] = []
     ended: list[tuple[Sequence, FinishReason]] = []
+    next_id = state.next_id
+    passed = passed_slots(state, plan)
     for sequence in state.running:
         row = rows.get(sequence.slot)
+        if sequence.slot in passed:
+            sequence = msgspec.structs.replace(sequence, passed=sequence.passed + 1)  # noqa: PLW2901
         if row is None:
             running.append(sequence)
             continue
+        if state.shape.is_unified:
+            next_id += 1
+            cells = grown(sequence.cells, len(row.tokens), next_id - 1)
+            sequence = msgspec.structs.replace(sequence, cells=cells)  # noqa: PLW2901
         after, finish_reason = _advance(sequence, row, result, vocabulary, now, outputs)
         running.append(after)
         if finish_reason is not None:
             ended.append((after, finish_reason))
-    state = msgspec.structs.replace(state, running=tuple(running))
+    state = msgspec.structs.replace(state, running=tuple(running), next_id=next_id)
+    operations: list[Operation] = []
     for sequence, finish_reason in ended:
-        state, end = close_choice(state, sequence, now, finish_reason)
+        state, end, left = close_choice(state, sequence, now, finish_reason)
+        operations += left
         if end is not None:
             outputs.append(end)
-    return Changed(state, tuple(outputs), tuple(sequence.slot for sequence, _ in ended))
+    return Changed(state, tuple(outputs), tuple(operations))
 
 
 def _advance(

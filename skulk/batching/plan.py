@@ -1,13 +1,22 @@
-"""What the engine computes next: decode rows first, then prefill in the order of arrival, within a step's time."""
+"""What the engine computes next: decode rows first, then prefill in the order of arrival, within a step's time.
+
+A short prompt that fits into the step may be computed before a longer one that doesn't, at most `MAX_PASSED` times: it
+is done at once, and the longer one waits one step more.
+"""
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
-from skulk.batching.rate import Rate, chunk_tokens
+from skulk.batching.cells import count_used
+from skulk.batching.rate import CHUNK_UNIT, Rate, chunk_tokens
 from skulk.batching.requests import Sequence
-from skulk.batching.slots import BatchState
+from skulk.batching.state import BatchState
 from skulk.batching.step import StepPlan, StepRow
+
+MAX_PASSED: Final = 4
 
 
 class StepBudget(msgspec.Struct, frozen=True, kw_only=True):
@@ -18,17 +27,31 @@ class StepBudget(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def budget_for(state: BatchState, rate: Rate) -> StepBudget:
-    """The budget that keeps the next step within its time, at the depth of the prompt whose turn it is."""
+    """The budget that keeps the next step within its time, at the depth of the prompt whose turn it is, and its cells.
+
+    `skulk.batching.schedule` has seen to it that one chunk of that prompt has its cells.
+    """
     head = next((seq for seq in state.running if not seq.is_decoding), None)
-    prefill = 0
-    if head is not None:
-        prefill = chunk_tokens(
-            rate,
-            depth=head.computed,
-            others_decode=any(seq.is_decoding for seq in state.running),
-            n_ubatch=state.shape.n_ubatch,
-        )
+    if head is None:
+        return StepBudget(tokens=state.shape.n_batch, prefill_tokens=0)
+    prefill = chunk_tokens(
+        rate,
+        depth=head.computed,
+        others_decode=any(seq.is_decoding for seq in state.running),
+        n_ubatch=state.shape.n_ubatch,
+    )
+    if state.shape.is_unified:
+        prefill = _within_cells(state, prefill)
     return StepBudget(tokens=state.shape.n_batch, prefill_tokens=prefill)
+
+
+def _within_cells(state: BatchState, prefill: int) -> int:
+    held = (*(seq.cells for seq in state.running), *(idle.cells for idle in state.idle))
+    free = state.shape.kv_cells - count_used(held) - sum(seq.is_decoding for seq in state.running)
+    if prefill <= free:
+        return prefill
+    assert free > 0, "no cell is free for a prompt"
+    return free // CHUNK_UNIT * CHUNK_UNIT or free
 
 
 def plan_step(state: BatchState, budget: StepBudget) -> StepPlan | None:
@@ -38,27 +61,63 @@ def plan_step(state: BatchState, budget: StepBudget) -> StepPlan | None:
     can use, so that one prompt is done early instead of all late. O(`n_parallel`).
     """
     decoding = sorted((seq for seq in state.running if seq.is_decoding), key=_slot)
-    rows = [
-        StepRow(slot=seq.slot, tokens=seq.known_tokens(seq.computed, seq.computed + 1), start=seq.computed, sample=True)
-        for seq in decoding
-    ]
+    rows = [_row(seq, 1) for seq in decoding]
     left = min(budget.prefill_tokens, budget.tokens - len(rows))
-    for seq in state.running:
+    for seq in _prefill_order(state, left):
         if left <= 0:
             break
-        if seq.is_decoding:
-            continue
         count = min(seq.gap, left)
         left -= count
-        rows.append(
-            StepRow(
-                slot=seq.slot,
-                tokens=seq.known_tokens(seq.computed, seq.computed + count),
-                start=seq.computed,
-                sample=count == seq.gap,
-            )
-        )
+        rows.append(_row(seq, _up_to_mark(seq, count)))
     return StepPlan(rows=tuple(rows)) if rows else None
+
+
+def passed_slots(state: BatchState, plan: StepPlan) -> frozenset[int]:
+    """Slots whose prompts waited in this step for one that came later."""
+    prompts = {seq.slot: seq.order for seq in state.running if not seq.is_decoding}
+    passed: set[int] = set()
+    for row in plan.rows:
+        order = prompts.pop(row.slot, None)
+        if order is not None:
+            passed.update(slot for slot, older in prompts.items() if older < order)
+    return frozenset(passed)
+
+
+def _prefill_order(state: BatchState, budget: int) -> list[Sequence]:
+    """Prompts in their order; while the oldest is too long for the step, those behind it that fit it go first."""
+    prompts = [seq for seq in state.running if not seq.is_decoding]
+    if not prompts or prompts[0].gap <= budget:
+        return prompts
+    ahead: list[Sequence] = []
+    behind: list[Sequence] = []
+    may_pass = True
+    for seq in prompts:
+        if may_pass and behind and seq.gap <= budget:
+            ahead.append(seq)
+            budget -= seq.gap
+        else:
+            behind.append(seq)
+            may_pass = may_pass and seq.passed < MAX_PASSED
+    return [*ahead, *behind]
+
+
+def _row(seq: Sequence, count: int) -> StepRow:
+    return StepRow(
+        slot=seq.slot,
+        tokens=seq.known_tokens(seq.computed, seq.computed + count),
+        start=seq.computed,
+        sample=count == seq.gap,
+    )
+
+
+def _to_mark(seq: Sequence) -> int | None:
+    return seq.marks[0] - seq.computed if seq.marks else None
+
+
+def _up_to_mark(seq: Sequence, count: int) -> int:
+    """A chunk ends where the sequence's state is to be kept."""
+    mark = _to_mark(seq)
+    return count if mark is None else min(count, mark)
 
 
 def _slot(sequence: Sequence) -> int:

@@ -17,6 +17,8 @@ STEP_SHARED_S: Final = 0.25
 """Longest step while others decode: the longest gap a prompt may put between their tokens."""
 STEP_ALONE_S: Final = 1.0
 """Longest step while none decodes: how long a cancel may wait."""
+IDLE_SHARE: Final = 0.03
+"""How much of a decode step idle cells may cost the running sequences."""
 DEPTH_BAND: Final = 512
 _NEW_SHARE: Final = 0.3
 """Share of a new measurement in the running mean: five steps forget a disturbance."""
@@ -70,6 +72,16 @@ def chunk_tokens(rate: Rate, *, depth: int, others_decode: bool, n_ubatch: int) 
     room_s = STEP_SHARED_S - rate.decode_s if others_decode else STEP_ALONE_S
     chunk = min(int(room_s / per_token), n_ubatch) // unit * unit
     return max(chunk, unit)
+
+
+def idle_limit(rate: Rate, *, cell_s: float, rows: int) -> int | None:
+    """Cells that may lie idle in a unified cache beside ``rows`` decoding sequences.
+
+    ``cell_s``: seconds that each cell adds to each row of a step, used or not. None: nothing is known, or nobody runs.
+    """
+    if cell_s <= 0.0 or rows == 0 or rate.decode_s <= 0.0:
+        return None
+    return int(IDLE_SHARE * rate.decode_s / (cell_s * rows))
 
 
 def _mean(old: float, new: float) -> float:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from skulk.batching.cells import NO_CELLS, Cells
 from skulk.batching.tokens import TokenLog
 from skulk.wire.generation import FinishReason, Sampling, StreamEnd, StreamPhase
 
@@ -32,6 +33,7 @@ class BatchRequest(msgspec.Struct, frozen=True, kw_only=True):
         max_tokens: of each choice, end token included; it fits the window.
         emitted: ids that another runner drew; they count as drawn here.
         sent_characters: of the answer's text, sent by that runner.
+        border: where its last turn begins, tokens; worth keeping a state of, where states can't be cut. 0: unknown.
         deadline: when the request ends with ``deadline_exceeded``.
     """
 
@@ -44,6 +46,7 @@ class BatchRequest(msgspec.Struct, frozen=True, kw_only=True):
     n: int = 1
     emitted: tuple[int, ...] = ()
     sent_characters: int = 0
+    border: int = 0
     arrived_at: float
     deadline: float
 
@@ -58,8 +61,14 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         slot: where it is computed; -1 while it waits.
+        order: its place in the order of arrival; it keeps it when it is parked.
         drawn: the answer's ids so far.
         computed: tokens, from the prompt's first on, whose cells are filled.
+        cached: tokens of the prompt that were taken over at its start instead of computed.
+        cells: what it holds of a unified cache.
+        parked: where its sampler, and perhaps its cells, were set aside; 0: nowhere.
+        marks: positions at which its state is to be kept for others, ascending.
+        passed: how often a shorter prompt was computed before its own.
         held_bytes: of a character that isn't complete.
         held_text: that may become a stop string.
         skip: characters to leave out, for another runner sent them.
@@ -69,8 +78,14 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
     request: BatchRequest
     choice: int = 0
     slot: int = -1
+    order: int = 0
     drawn: TokenLog = TokenLog()
     computed: int = 0
+    cached: int = 0
+    cells: Cells = NO_CELLS
+    parked: int = 0
+    marks: tuple[int, ...] = ()
+    passed: int = 0
     held_bytes: bytes = b""
     held_text: str = ""
     skip: int = 0
@@ -97,6 +112,11 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
         if self.slot < 0:
             return "queued"
         return "decode" if self.is_decoding else "prefill"
+
+    @property
+    def may_need(self) -> int:
+        """Tokens that its answer may still have."""
+        return self.request.max_tokens - len(self.drawn)
 
     def known_tokens(self, start: int, stop: int) -> tuple[int, ...]:
         """The ids at these positions; O(what is asked for)."""

@@ -1,57 +1,24 @@
-"""The batch: which sequences run in which slots, and which wait.
+"""Requests come in and end: into the waiting queue, and out of it or of their slots.
 
-waiting ──start_waiting──> running ──apply, close_choice──> (closed ──>) ended
+waiting ──schedule──> running ──apply, close_choice──> (closed ──>) ended
    └────────── end_request, expire, end_all ────────┘──────────────────> ended
+
+A slot that is left keeps its cells for who begins alike (`Idle`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import msgspec
 
-from skulk.batching.admission import BatchShape
 from skulk.batching.answer import Vocabulary, draw
-from skulk.batching.requests import BatchRequest, Emitted, Ended, Output, Progressed, RequestKey, Sequence
+from skulk.batching.operations import End, Forget, Keep, Operation
+from skulk.batching.requests import BatchRequest, Emitted, Ended, RequestKey, Sequence
+from skulk.batching.state import MIN_REUSE, BatchState, Changed, Idle
 from skulk.batching.tokens import TokenLog
 from skulk.wire.base import ErrorBody
 from skulk.wire.generation import FinishReason, StreamEnd, Timings, Usage
-
-
-class BatchState(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything open.
-
-    Attributes:
-        running: in the order they got their slots; that is the order of prefill.
-        waiting: in the order they came.
-        closed: choices that ended while others of their request go on.
-    """
-
-    shape: BatchShape
-    running: tuple[Sequence, ...] = ()
-    waiting: tuple[Sequence, ...] = ()
-    closed: tuple[Sequence, ...] = ()
-
-    @property
-    def is_idle(self) -> bool:
-        return not self.running and not self.waiting
-
-
-class Changed(NamedTuple):
-    """A new state, what to tell the requests' streams, and the slots to end in the engine."""
-
-    state: BatchState
-    outputs: tuple[Output, ...] = ()
-    freed: tuple[int, ...] = ()
-
-
-class Started(NamedTuple):
-    """A new state, what to tell, and the sequences to begin in the engine."""
-
-    state: BatchState
-    outputs: tuple[Output, ...]
-    sequences: tuple[Sequence, ...]
 
 
 def add(state: BatchState, request: BatchRequest, vocabulary: Vocabulary, now: float) -> Changed:
@@ -61,41 +28,21 @@ def add(state: BatchState, request: BatchRequest, vocabulary: Vocabulary, now: f
     """
     assert len(state.waiting) + request.n <= state.shape.max_open, "admitted without room"
     assert request.cells <= state.shape.n_ctx, "admitted beyond the window"
+    order = state.next_id
     if not request.emitted:
-        fresh = tuple(Sequence(request=request, choice=choice) for choice in range(request.n))
-        return Changed(msgspec.structs.replace(state, waiting=(*state.waiting, *fresh)))
+        fresh = tuple(Sequence(request=request, choice=choice, order=order + choice) for choice in range(request.n))
+        return Changed(_queued(state, fresh))
     sequence, text, finish_reason = _replayed(request, vocabulary)
     told = (
         (Emitted(key=request.key, choice=0, text=text, finish_reason=finish_reason),) if text or finish_reason else ()
     )
     if finish_reason is not None:
         return Changed(state, (*told, _ended((sequence,), now, finish_reason, None)))
-    return Changed(msgspec.structs.replace(state, waiting=(*state.waiting, sequence)), told)
+    return Changed(_queued(state, (msgspec.structs.replace(sequence, order=order),)), told)
 
 
-def start_waiting(state: BatchState, now: float) -> Started:
-    """Gives free slots to waiting sequences, first come, first served.
-
-    The first that doesn't fit holds back those behind it, so that none starves. One fits where a slot is free and the
-    cells that all running ones may come to need leave room for its own: no running sequence can run out of cells.
-    """
-    shape = state.shape
-    free = [slot for slot in range(shape.n_parallel) if slot not in {seq.slot for seq in state.running}]
-    cells = sum(seq.request.cells for seq in state.running)
-    started: list[Sequence] = []
-    for sequence in state.waiting:
-        cells += sequence.request.cells
-        if len(started) == len(free) or cells > shape.kv_cells:
-            break
-        started.append(msgspec.structs.replace(sequence, slot=free[len(started)], started_at=now))
-    if not started:
-        return Started(state, (), ())
-    after = msgspec.structs.replace(
-        state,
-        running=(*state.running, *started),
-        waiting=state.waiting[len(started) :],
-    )
-    return Started(after, tuple(_progress(seq) for seq in started), tuple(started))
+def _queued(state: BatchState, fresh: tuple[Sequence, ...]) -> BatchState:
+    return msgspec.structs.replace(state, waiting=(*state.waiting, *fresh), next_id=state.next_id + len(fresh))
 
 
 def end_request(
@@ -129,15 +76,15 @@ def end_all(state: BatchState, now: float, error: ErrorBody) -> Changed:
 
 def close_choice(
     state: BatchState, sequence: Sequence, now: float, reason: FinishReason
-) -> tuple[BatchState, Ended | None]:
+) -> tuple[BatchState, Ended | None, tuple[Operation, ...]]:
     """Takes a choice that has ended out of its slot; the last one of a request ends that request, with its reason."""
     key = sequence.request.key
-    running = tuple(seq for seq in state.running if seq.slot != sequence.slot)
-    if any(seq.request.key == key for seq in (*running, *state.waiting)):
-        return msgspec.structs.replace(state, running=running, closed=(*state.closed, sequence)), None
+    state, operations = _vacated(state, (sequence,), now)
+    if any(seq.request.key == key for seq in (*state.running, *state.waiting)):
+        return msgspec.structs.replace(state, closed=(*state.closed, sequence)), None, operations
     family = (*(seq for seq in state.closed if seq.request.key == key), sequence)
     closed = tuple(seq for seq in state.closed if seq.request.key != key)
-    return msgspec.structs.replace(state, running=running, closed=closed), _ended(family, now, reason, None)
+    return msgspec.structs.replace(state, closed=closed), _ended(family, now, reason, None), operations
 
 
 def _end_where(
@@ -156,15 +103,32 @@ def _end_where(
     for seq in state.closed:
         if seq.request.key in families:
             families[seq.request.key].append(seq)
+    state, operations = _vacated(state, tuple(seq for seq in state.running if seq.request.key in families), now)
+    dropped = {seq.parked for seq in state.waiting if seq.request.key in families and seq.parked}
     after = msgspec.structs.replace(
         state,
-        running=tuple(seq for seq in state.running if seq.request.key not in families),
         waiting=tuple(seq for seq in state.waiting if seq.request.key not in families),
         closed=tuple(seq for seq in state.closed if seq.request.key not in families),
+        parked=tuple(parked for parked in state.parked if parked.id not in dropped),
     )
     ends = tuple(_ended(tuple(family), now, reason, error) for family in families.values())
-    freed = tuple(seq.slot for seq in state.running if seq.request.key in families)
-    return Changed(after, ends, freed)
+    return Changed(after, ends, (*operations, *(Forget(parked=one) for one in sorted(dropped))))
+
+
+def _vacated(state: BatchState, leaving: tuple[Sequence, ...], now: float) -> tuple[BatchState, tuple[Operation, ...]]:
+    """Running sequences leave their slots; what they computed stays there while it may be of use."""
+    slots = {seq.slot for seq in leaving}
+    idle: list[Idle] = []
+    operations: list[Operation] = []
+    for seq in leaving:
+        operations.append(End(slot=seq.slot))
+        if state.shape.reuse == "none" or seq.computed < MIN_REUSE:
+            operations.append(Keep(slot=seq.slot, count=0))
+        else:
+            tokens = seq.known_tokens(0, seq.computed)
+            idle.append(Idle(slot=seq.slot, tokens=tokens, cells=seq.cells, used_at=now))
+    running = tuple(seq for seq in state.running if seq.slot not in slots)
+    return msgspec.structs.replace(state, running=running, idle=(*state.idle, *idle)), tuple(operations)
 
 
 def _ended(family: tuple[Sequence, ...], now: float, reason: FinishReason, error: ErrorBody | None) -> Ended:
@@ -179,6 +143,7 @@ def _ended(family: tuple[Sequence, ...], now: float, reason: FinishReason, error
             usage=Usage(
                 prompt_tokens=len(request.prompt),
                 completion_tokens=sum(len(seq.drawn) for seq in family),
+                cached_tokens=min(family, key=lambda seq: seq.choice).cached,
             ),
             timings=Timings(
                 queue_s=max(0.0, started - request.arrived_at),
@@ -186,15 +151,6 @@ def _ended(family: tuple[Sequence, ...], now: float, reason: FinishReason, error
                 decode_s=max(0.0, now - first),
             ),
         ),
-    )
-
-
-def _progress(sequence: Sequence) -> Progressed:
-    return Progressed(
-        key=sequence.request.key,
-        phase=sequence.phase,
-        processed=min(sequence.computed, sequence.known),
-        total=sequence.known,
     )
 
 

@@ -25,6 +25,7 @@ from skulk.wire.generation import ChatPrompt, Prompt, Sampling, TextPrompt, Toke
 END: Final = 256
 START: Final = 257
 VOCABULARY_SIZE: Final = 258
+BYTES_PER_TOKEN: Final = 8
 _HANG_S: Final = 24 * 3600.0
 _TEXT: Final = "the river runs past Köln and 東京 to a quiet sea where 🦊 foxes sleep under old trees"
 _WORDS: Final = tuple(_TEXT.split())
@@ -67,6 +68,7 @@ class FakeEngine:
         self._steps = 0
         self._tokens: dict[int, list[int]] = {}
         self._salts: dict[int, str] = {}
+        self._parked: dict[int, list[int]] = {}
 
     @property
     def info(self) -> EngineInfo:
@@ -86,10 +88,14 @@ class FakeEngine:
                 assert_never(prompt)
         return (*text.encode("utf-8", "replace"), START)
 
-    def begin(self, slot: int, sampling: Sampling, history: Sequence[int], *, choice: int = 0) -> None:
-        assert 0 <= slot < self._info.n_parallel and slot not in self._tokens, f"slot {slot} can't begin"
+    def border_of(self, prompt: Prompt, tokens: Sequence[int]) -> int:
+        if not isinstance(prompt, ChatPrompt) or len(prompt.messages) < 2:
+            return 0
+        return len(self.tokens_of(ChatPrompt(messages=prompt.messages[:-1]))) - 1
+
+    def begin(self, slot: int, sampling: Sampling, history: Sequence[int], *, choice: int = 0, parked: int = 0) -> None:
+        assert 0 <= slot < self._info.n_parallel and slot not in self._salts, f"slot {slot} can't begin"
         assert all(0 <= token < VOCABULARY_SIZE for token in history), "a history of another engine"
-        self._tokens[slot] = []
         is_greedy = sampling.temperature == 0
         self._salts[slot] = "" if is_greedy else f"{sampling.seed if sampling.seed is not None else ''} {choice}"
 
@@ -102,7 +108,8 @@ class FakeEngine:
             self._sleep(pause)
         sampled: dict[int, int] = {}
         for row in plan.rows:
-            tokens = self._tokens[row.slot]
+            assert row.slot in self._salts, f"slot {row.slot} was not begun"
+            tokens = self._tokens.setdefault(row.slot, [])
             assert row.tokens and row.start == len(tokens), f"slot {row.slot} is at {len(tokens)}, not at {row.start}"
             assert len(tokens) + len(row.tokens) <= self._info.n_ctx, f"slot {row.slot} leaves its window"
             tokens.extend(row.tokens)
@@ -126,8 +133,43 @@ class FakeEngine:
             os.abort()
         self._sleep(_HANG_S)
 
-    def end(self, slot: int) -> None:
-        del self._tokens[slot], self._salts[slot]
+    def end(self, slot: int, *, parked: int = 0) -> None:
+        del self._salts[slot]
+
+    def keep(self, slot: int, count: int) -> None:
+        tokens = self._tokens.get(slot, [])
+        assert 0 <= count <= len(tokens), f"slot {slot} has {len(tokens)} tokens, not {count}"
+        self._put(slot, tokens[:count])
+
+    def share(self, source: int, slot: int, count: int) -> None:
+        assert source != slot and 0 < count <= len(self._tokens[source]) and not self._tokens.get(slot)
+        self._put(slot, self._tokens[source][:count])
+
+    def move(self, source: int, slot: int) -> None:
+        assert not self._tokens.get(slot), f"slot {slot} is not empty"
+        self._put(slot, self._tokens.pop(source, []))
+        if source in self._salts:
+            self._salts[slot] = self._salts.pop(source)
+
+    def park(self, slot: int, parked: int) -> None:
+        assert parked not in self._parked, f"{parked} was used before"
+        self._parked[parked] = list(self._tokens[slot])
+
+    def restore(self, parked: int, slot: int, count: int) -> None:
+        assert 0 < count <= len(self._parked[parked]) and not self._tokens.get(slot)
+        self._put(slot, self._parked[parked][:count])
+
+    def forget(self, parked: int) -> None:
+        self._parked.pop(parked, None)
+
+    def embed(self, inputs: Sequence[Sequence[int]]) -> list[list[float]]:
+        raise RequestError("invalid_request", "the fake engine has no embeddings; ask another model.", param="model")
+
+    def set_threads(self, count: int) -> None:
+        assert count > 0
+
+    def _put(self, slot: int, tokens: list[int]) -> None:
+        self._tokens[slot] = tokens
 
     def piece(self, token: int) -> bytes:
         return bytes((token,)) if token < END else b""
@@ -138,6 +180,7 @@ class FakeEngine:
     def close(self) -> None:
         self._tokens.clear()
         self._salts.clear()
+        self._parked.clear()
 
 
 def answer_of(prompt: Sequence[int], salt: str, length: int) -> bytes:
@@ -189,6 +232,9 @@ class FakeLoader:
             vocabulary_size=VOCABULARY_SIZE,
             has_template=True,
             kv_cells=spec.kv_cells,
+            is_unified=spec.kv_cells < spec.n_parallel * spec.context_length,
+            reuse="cut",
+            token_bytes=BYTES_PER_TOKEN,
         )
         return FakeEngine(options, info, self._sleep)
 

@@ -4,7 +4,8 @@ load(spec, progress) -> Engine
 engine.tokens_of(prompt)                      any thread
 engine.begin(slot, sampling, ...)             engine thread, as are all below
 engine.run(plan) -> result                    the only call that takes long
-engine.end(slot)
+engine.end(slot)                              nothing is drawn there any more; its cells stay
+engine.keep, share, move, park, restore       cells, between steps (`skulk.batching.operations`)
 engine.close()
 """
 
@@ -15,6 +16,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from skulk.batching.admission import Reuse
 from skulk.batching.step import StepPlan, StepResult
 from skulk.wire.generation import Prompt, Sampling
 
@@ -33,6 +35,7 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
         kv_cells: cells allocated for all sequences together.
         n_threads: 0: physical cores.
         gpu_layers: -1: all where the backend is a GPU; ignored on CPU.
+        park_bytes: host memory for states that are set aside, for whoever can go on from them.
     """
 
     path: str
@@ -47,6 +50,7 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
     gpu_layers: int = -1
     flash_attention: FlashAttention = "auto"
     kv_type: str = "f16"
+    park_bytes: int = 0
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +61,10 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
         kv_cells: cells really allocated for all sequences together.
         n_batch: the most tokens of one step.
         has_template: False: the plain template is used, with a warning.
+        is_unified: one cache that all sequences share; else one stream each.
+        reuse: what can be taken over of a sequence's computed tokens, as tried at load.
+        state_bytes: what a parked state takes, and ``token_bytes`` more for each of its tokens.
+        cell_s: seconds that a cell of a unified cache, used or not, adds to each row of a decode step; 0: unknown.
     """
 
     engine: str
@@ -69,6 +77,11 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     vocabulary_size: int
     has_template: bool
     kv_cells: int = 0
+    is_unified: bool = False
+    reuse: Reuse = "none"
+    state_bytes: int = 0
+    token_bytes: int = 0
+    cell_s: float = 0.0
 
 
 class Engine(Protocol):
@@ -86,8 +99,19 @@ class Engine(Protocol):
         """
         ...
 
-    def begin(self, slot: int, sampling: Sampling, history: Sequence[int], *, choice: int = 0) -> None:
-        """Prepares a free slot; ``history``: ids that penalties look back on.
+    def border_of(self, prompt: Prompt, tokens: Sequence[int]) -> int:
+        """How many of a prompt's ``tokens`` come before its last turn; 0: there is no such border. Any thread."""
+        ...
+
+    def begin(self, slot: int, sampling: Sampling, history: Sequence[int], *, choice: int = 0, parked: int = 0) -> None:
+        """Draws in this slot from now on.
+
+        Args:
+            slot: one in which nothing is drawn; its cells are what they are.
+            sampling: how.
+            history: ids that penalties look back on.
+            choice: of several of one prompt.
+            parked: where `end` has set the sequence's own sampler aside; 0: it is new.
 
         Raises:
             RequestError: ``invalid_request``: a sampling value is out of its range; the slot stays free.
@@ -102,8 +126,44 @@ class Engine(Protocol):
         """
         ...
 
-    def end(self, slot: int) -> None:
-        """Frees a slot's cells and its sampler."""
+    def end(self, slot: int, *, parked: int = 0) -> None:
+        """Nothing is drawn in this slot any more; its cells stay. ``parked``: where its sampler is kept; 0: nowhere."""
+        ...
+
+    def keep(self, slot: int, count: int) -> None:
+        """Frees the slot's cells from position ``count`` on."""
+        ...
+
+    def share(self, source: int, slot: int, count: int) -> None:
+        """Gives the empty ``slot`` the first ``count`` tokens of ``source``."""
+        ...
+
+    def move(self, source: int, slot: int) -> None:
+        """Gives cells and sampler of ``source`` to the empty ``slot``, and leaves ``source`` empty."""
+        ...
+
+    def park(self, slot: int, parked: int) -> None:
+        """Copies the slot's cells to host memory."""
+        ...
+
+    def restore(self, parked: int, slot: int, count: int) -> None:
+        """Gives the empty ``slot`` the first ``count`` tokens of what was parked, which stays there."""
+        ...
+
+    def forget(self, parked: int) -> None:
+        """Frees what was parked there, cells and sampler; nothing there is no error."""
+        ...
+
+    def embed(self, inputs: Sequence[Sequence[int]]) -> list[list[float]]:
+        """One vector for each input's ids, pooled as the model wants it.
+
+        Raises:
+            RequestError: ``invalid_request``: this model has no embeddings to give.
+        """
+        ...
+
+    def set_threads(self, count: int) -> None:
+        """Computes with so many threads from the next step on, where the engine has threads of its own."""
         ...
 
     def piece(self, token: int) -> bytes:

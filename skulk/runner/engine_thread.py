@@ -5,7 +5,7 @@
     1. no engine yet                    load; a stop meanwhile cancels it
     2. commands                         fold them into the batch
     3. deadlines that have passed       end those requests
-    4. free slots                       give them to waiting sequences
+    4. slots, cells, parked states      schedule, and have the engine do what that takes
     5. nothing runs                     wait for a command
     6. else                             plan a step, run it, fold its result, report
 
@@ -23,19 +23,37 @@ from typing import Final, assert_never
 
 from skulk.batching.admission import BatchShape
 from skulk.batching.apply import apply
+from skulk.batching.operations import Begin, End, Forget, Keep, Move, Park, Restore, Share
 from skulk.batching.plan import budget_for, plan_step
-from skulk.batching.rate import Rate, measured
-from skulk.batching.requests import Output
-from skulk.batching.slots import BatchState, Changed, add, end_all, end_request, expire, start_waiting
+from skulk.batching.rate import Rate, idle_limit, measured
+from skulk.batching.requests import Output, RequestKey
+from skulk.batching.schedule import schedule
+from skulk.batching.slots import add, end_all, end_request, expire
+from skulk.batching.state import BatchState, Changed
 from skulk.clock import Clock
 from skulk.engines.protocol import Engine, EngineInfo, LoadCancelled, Progress
 from skulk.errors import RequestError, ServiceError, SkulkError
-from skulk.runner.reports import Add, Command, End, Failed, Loaded, Loading, Refused, Report, Stepped, Stopped
+from skulk.runner.reports import (
+    Add,
+    Command,
+    EndRequest,
+    Failed,
+    Loaded,
+    Loading,
+    Refused,
+    Report,
+    SetThreads,
+    Stepped,
+    Stopped,
+)
 from skulk.wire.base import ErrorBody
+from skulk.wire.generation import Sampling
 
 REPORTS_AHEAD: Final = 64
 REPORT_TIMEOUT_S: Final = 600.0
 PROGRESS_STEP: Final = 0.01
+
+GREEDY: Final = Sampling(temperature=0.0)
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +89,6 @@ class EngineThread:
         self._stopping = False
         self._ahead = threading.Semaphore(REPORTS_AHEAD)
         self._told_progress = -1.0
-        self._begun: set[int] = set()
         # A daemon: a native call that never returns must not keep the process.
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
@@ -170,7 +187,7 @@ class EngineThread:
             for command in commands:
                 self._fold(engine, self._commanded(engine, command), outputs)
             self._fold(engine, expire(self._state, self._clock.now()), outputs)
-            self._begin_waiting(engine, outputs)
+            self._schedule(engine, rate, outputs)
             plan = plan_step(self._state, budget_for(self._state, rate))
             if plan is not None:
                 if outputs:
@@ -181,6 +198,11 @@ class EngineThread:
                 rate = measured(rate, plan, result.elapsed_s)
                 self._fold(engine, apply(self._state, plan, result, engine, self._clock.now()), outputs)
             self._report(Stepped(tuple(outputs)))
+
+    def _schedule(self, engine: Engine, rate: Rate, outputs: list[Output]) -> None:
+        decoding = sum(sequence.is_decoding for sequence in self._state.running)
+        limit = idle_limit(rate, cell_s=engine.info.cell_s, rows=decoding)
+        self._fold(engine, schedule(self._state, self._clock.now(), idle_limit=limit), outputs)
 
     def _take_commands(self) -> list[Command] | None:
         """All commands so far, after waiting for one where nothing is open; None: stop."""
@@ -198,37 +220,59 @@ class EngineThread:
         match command:
             case Add(request):
                 return add(self._state, request, engine, now)
-            case End(key, reason, error):
+            case EndRequest(key, reason, error):
                 return end_request(self._state, key, now, reason=reason, error=error)
+            case SetThreads(count):
+                engine.set_threads(count)
+                return Changed(self._state)
             case _:
                 assert_never(command)
 
     def _fold(self, engine: Engine, changed: Changed, outputs: list[Output]) -> None:
+        """Takes a change over and has the engine follow it; a sequence that can't begin ends its request."""
         self._state = changed.state
         outputs.extend(changed.outputs)
-        for slot in changed.freed:
-            if slot in self._begun:
-                self._begun.discard(slot)
-                engine.end(slot)
-
-    def _begin_waiting(self, engine: Engine, outputs: list[Output]) -> None:
-        started = start_waiting(self._state, self._clock.now())
-        self._state = started.state
-        outputs.extend(started.outputs)
-        for sequence in started.sequences:
-            request = sequence.request
-            if all(other.request.key != request.key for other in self._state.running):
-                continue  # its first choice was refused
-            try:
-                engine.begin(
-                    sequence.slot, request.sampling, sequence.known_tokens(0, sequence.known), choice=sequence.choice
-                )
-            except RequestError as error:
-                now = self._clock.now()
-                refusal = end_request(self._state, request.key, now, reason="error", error=ErrorBody.of(error))
-                self._fold(engine, refusal, outputs)
+        refused: dict[RequestKey, RequestError] = {}
+        for operation in changed.operations:
+            if isinstance(operation, Begin):
+                self._begin(engine, operation, refused)
             else:
-                self._begun.add(sequence.slot)
+                perform(engine, operation)
+        for key, error in refused.items():
+            ended = end_request(self._state, key, self._clock.now(), reason="error", error=ErrorBody.of(error))
+            self._fold(engine, ended, outputs)
+
+    def _begin(self, engine: Engine, operation: Begin, refused: dict[RequestKey, RequestError]) -> None:
+        sequence = operation.sequence
+        request = sequence.request
+        history = sequence.known_tokens(0, sequence.known)
+        try:
+            engine.begin(sequence.slot, request.sampling, history, choice=sequence.choice, parked=operation.parked)
+        except RequestError as error:
+            refused[request.key] = error
+            # A sampler that draws nothing: the slot is left like any other.
+            engine.begin(sequence.slot, GREEDY, ())
+
+
+def perform(engine: Engine, operation: End | Keep | Share | Move | Park | Restore | Forget) -> None:
+    """Has the engine do what a batch asks for between two steps."""
+    match operation:
+        case End(slot=slot, parked=parked):
+            engine.end(slot, parked=parked)
+        case Keep(slot=slot, count=count):
+            engine.keep(slot, count)
+        case Share(source=source, slot=slot, count=count):
+            engine.share(source, slot, count)
+        case Move(source=source, slot=slot):
+            engine.move(source, slot)
+        case Park(slot=slot, parked=parked):
+            engine.park(slot, parked)
+        case Restore(parked=parked, slot=slot, count=count):
+            engine.restore(parked, slot, count)
+        case Forget(parked=parked):
+            engine.forget(parked)
+        case _:
+            assert_never(operation)
 
 
 def _failure(error: Exception, what: str) -> ServiceError:

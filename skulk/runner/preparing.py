@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from typing import Final, NamedTuple
 
-from skulk.batching.admission import BatchShape, admit
+from skulk.batching.admission import BatchShape, Reuse, admit
 from skulk.batching.requests import BatchRequest
 from skulk.clock import Clock
 from skulk.engines.protocol import Engine
@@ -21,6 +21,13 @@ THREADS: Final = 2
 log = logging.getLogger(__name__)
 
 
+class Read(NamedTuple):
+    """A prompt's ids, and how many of them come before its last turn where that matters, else 0."""
+
+    tokens: tuple[int, ...]
+    border: int
+
+
 class Preparer:
     """Tokenises and admits requests. Its queue is bounded by what `check_room` lets in.
 
@@ -32,7 +39,7 @@ class Preparer:
         self._clock = clock
         self._default_timeout_s = default_timeout_s
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="prepare")
-        self._running: set[asyncio.Future[tuple[int, ...]]] = set()
+        self._running: set[asyncio.Future[Read]] = set()
 
     async def admitted(self, request: OpenRequest, engine: Engine, shape: BatchShape) -> BatchRequest:
         """The request with its tokens, when it fits and somebody still waits for the answer.
@@ -43,12 +50,12 @@ class Preparer:
         """
         generate = request.generate
         timeout_s = self._default_timeout_s if generate.timeout_s is None else generate.timeout_s
-        work = asyncio.get_running_loop().run_in_executor(self._pool, _tokens, engine, generate)
+        work = asyncio.get_running_loop().run_in_executor(self._pool, _read, engine, generate, shape.reuse)
         self._running.add(work)
         work.add_done_callback(self._running.discard)
         try:
             async with asyncio.timeout(max(0.0, request.arrived_at + timeout_s - self._clock.now())):
-                tokens = await asyncio.shield(work)
+                tokens, border = await asyncio.shield(work)
         except TimeoutError as error:
             work.add_done_callback(_retrieve)
             raise ServiceError(
@@ -57,7 +64,14 @@ class Preparer:
             ) from error
         if self._clock.now() >= request.wanted_until:
             raise ServiceError("deadline_exceeded", "the caller stopped waiting before its prompt was ready; ask again")
-        return admit(generate, tokens, shape, arrived_at=request.arrived_at, default_timeout_s=self._default_timeout_s)
+        return admit(
+            generate,
+            tokens,
+            shape,
+            arrived_at=request.arrived_at,
+            default_timeout_s=self._default_timeout_s,
+            border=border,
+        )
 
     async def close(self, timeout_s: float) -> bool:
         """Ends the threads.
@@ -72,10 +86,11 @@ class Preparer:
         return all(work.done() for work in running)
 
 
-def _tokens(engine: Engine, generate: Generate) -> tuple[int, ...]:
+def _read(engine: Engine, generate: Generate, reuse: Reuse) -> Read:
     prompt = TokenPrompt(tokens=generate.resume.prompt_tokens) if generate.resume is not None else generate.prompt
     try:
-        return tuple(engine.tokens_of(prompt))
+        tokens = tuple(engine.tokens_of(prompt))
+        return Read(tokens, engine.border_of(prompt, tokens) if reuse == "whole" else 0)
     except SkulkError:
         raise
     except Exception as error:  # a named border: what one prompt does to the tokenizer ends this request alone
@@ -86,6 +101,6 @@ def _tokens(engine: Engine, generate: Generate) -> tuple[int, ...]:
         ) from error
 
 
-def _retrieve(work: asyncio.Future[tuple[int, ...]]) -> None:
+def _retrieve(work: asyncio.Future[Read]) -> None:
     if not work.cancelled():
         work.exception()

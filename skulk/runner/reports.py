@@ -18,7 +18,7 @@ class Add(msgspec.Struct, frozen=True):
     request: BatchRequest
 
 
-class End(msgspec.Struct, frozen=True):
+class EndRequest(msgspec.Struct, frozen=True):
     """End a request from outside, before the next step."""
 
     key: RequestKey
@@ -26,7 +26,13 @@ class End(msgspec.Struct, frozen=True):
     error: ErrorBody | None = None
 
 
-Command = Add | End
+class SetThreads(msgspec.Struct, frozen=True):
+    """Compute with so many threads from the next step on."""
+
+    count: int
+
+
+Command = Add | EndRequest | SetThreads
 
 
 class Loading(msgspec.Struct, frozen=True):

@@ -29,7 +29,7 @@ from skulk.engines.protocol import Engine, EngineInfo
 from skulk.errors import ServiceError, SkulkError, UnavailableError
 from skulk.runner.engine_thread import EngineThread, Load
 from skulk.runner.preparing import Preparer
-from skulk.runner.reports import Add, End, Failed, Loaded, Loading, Refused, Report, Stepped, Stopped
+from skulk.runner.reports import Add, EndRequest, Failed, Loaded, Loading, Refused, Report, Stepped, Stopped
 from skulk.runner.status import StatusBoard
 from skulk.runner.table import OpenRequest, RequestTable
 from skulk.wire.base import ErrorBody
@@ -47,18 +47,20 @@ log = logging.getLogger(__name__)
 def shape_of(info: EngineInfo, spec: RunnerSpec) -> BatchShape:
     """What the loaded engine can hold, by its own word where it differs from what was asked."""
     load = spec.load
-    has_whole_windows = load.kv_cells >= load.n_parallel * load.context_length
-    # Engines round the cells down to multiples of 256.
-    cells = info.n_parallel * info.n_ctx if has_whole_windows else load.kv_cells // 256 * 256
     n_batch = max(info.n_batch, 2)
     return BatchShape(
         n_ctx=info.n_ctx,
-        kv_cells=max(cells, info.n_ctx),
+        kv_cells=max(info.kv_cells, info.n_ctx),
         n_parallel=min(info.n_parallel, n_batch - 1),
         n_batch=n_batch,
         n_ubatch=min(load.n_ubatch, n_batch),
         max_waiting=spec.max_waiting,
         vocabulary_size=info.vocabulary_size,
+        is_unified=info.is_unified,
+        reuse=info.reuse,
+        park_bytes=load.park_bytes,
+        state_bytes=info.state_bytes,
+        token_bytes=info.token_bytes,
     )
 
 
@@ -246,7 +248,7 @@ class Runner:
         if request.state == "computing":
             if not request.end_asked:
                 request.end_asked = True
-                self._thread.submit(End(request.key, end.reason, end.error))
+                self._thread.submit(EndRequest(request.key, end.reason, end.error))
         elif request.wanted_end is None:
             request.wanted_end = end
 

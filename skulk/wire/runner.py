@@ -33,6 +33,7 @@ class RunnerLoad(Wire, frozen=True, kw_only=True):
         n_ubatch: the most prefill tokens of one step.
         n_threads: 0: physical cores.
         gpu_layers: -1: all where the backend is a GPU.
+        park_bytes: host memory for states that are set aside.
     """
 
     path: str
@@ -47,6 +48,7 @@ class RunnerLoad(Wire, frozen=True, kw_only=True):
     gpu_layers: int = -1
     flash_attention: Literal["auto", "on", "off"] = "auto"
     kv_type: str = "f16"
+    park_bytes: int = 0
 
 
 class RunnerSpec(Wire, frozen=True, kw_only=True):

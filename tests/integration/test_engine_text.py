@@ -121,6 +121,7 @@ def test_chunks_of_a_prompt_give_the_same_beginning(exact: LlamaCppEngine) -> No
         assert exact.run(StepPlan(rows=(StepRow(slot=0, tokens=chunk, start=start, sample=False),))).sampled == {}
     result = exact.run(StepPlan(rows=(StepRow(slot=0, tokens=prompt[-5:], start=len(prompt) - 5, sample=True),)))
     exact.end(0)
+    exact.keep(0, 0)
     assert result.sampled[0] == expected[0]
 
 
@@ -155,6 +156,7 @@ def test_a_unified_cache_is_shared_and_its_end_is_an_error() -> None:
             engine.run(StepPlan(rows=(StepRow(slot=1, tokens=prompt, start=0, sample=True),)))
         assert caught.value.code == "runner_failed"
         engine.end(0)
+        engine.keep(0, 0)
         engine.run(StepPlan(rows=(StepRow(slot=1, tokens=prompt, start=0, sample=True),)))
         engine.end(1)
     finally:

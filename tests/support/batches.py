@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from skulk.batching.admission import BatchShape
 from skulk.batching.apply import apply
+from skulk.batching.operations import Begin, Operation
 from skulk.batching.plan import StepBudget, budget_for, plan_step
 from skulk.batching.rate import Rate, measured
 from skulk.batching.requests import BatchRequest, Emitted, Ended, Output, RequestKey
-from skulk.batching.slots import BatchState, start_waiting
+from skulk.batching.schedule import schedule
+from skulk.batching.state import BatchState
 from skulk.batching.step import StepPlan, StepResult, StepRow
 from skulk.engines.protocol import Engine
+from skulk.runner.engine_thread import perform
 from skulk.wire.generation import Sampling
 
 END_TOKEN = 256
@@ -40,7 +44,9 @@ def shape_of(
     n_batch: int = 512,
     n_ubatch: int = 128,
     max_waiting: int = 8,
+    **reuse: Any,
 ) -> BatchShape:
+    """Streams whose tokens are of no use to others, unless told otherwise."""
     return BatchShape(
         n_ctx=n_ctx,
         kv_cells=kv_cells or n_ctx * n_parallel,
@@ -49,6 +55,8 @@ def shape_of(
         n_ubatch=n_ubatch,
         max_waiting=max_waiting,
         vocabulary_size=END_TOKEN + 1,
+        is_unified=kv_cells is not None and kv_cells < n_ctx * n_parallel,
+        **reuse,
     )
 
 
@@ -97,7 +105,7 @@ def play_step(
     state: BatchState, draw: Draw, budget: StepBudget, now: float
 ) -> tuple[BatchState, StepPlan | None, tuple[Output, ...]]:
     """Starts what fits, plans, draws, applies."""
-    started = start_waiting(state, now)
+    started = schedule(state, now)
     plan = plan_step(started.state, budget)
     if plan is None:
         return started.state, None, started.outputs
@@ -123,19 +131,30 @@ def play_engine(state: BatchState, engine: Engine) -> list[Output]:
     outputs: list[Output] = []
     rate = Rate()
     while not state.is_idle:
-        started = start_waiting(state, 0.0)
-        for sequence in started.sequences:
-            engine.begin(sequence.slot, sequence.request.sampling, sequence.request.prompt, choice=sequence.choice)
-        plan = plan_step(started.state, budget_for(started.state, rate))
+        scheduled = schedule(state, 0.0)
+        follow(engine, scheduled.operations)
+        plan = plan_step(scheduled.state, budget_for(scheduled.state, rate))
         assert plan is not None
         result = engine.run(plan)
         rate = measured(rate, plan, result.elapsed_s)
-        changed = apply(started.state, plan, result, engine, 0.0)
-        for slot in changed.freed:
-            engine.end(slot)
+        changed = apply(scheduled.state, plan, result, engine, 0.0)
+        follow(engine, changed.operations)
         state = changed.state
         outputs.extend(changed.outputs)
     return outputs
+
+
+def follow(engine: Engine, operations: Iterable[Operation]) -> None:
+    """Has an engine do what a batch asks of it."""
+    for operation in operations:
+        if isinstance(operation, Begin):
+            sequence = operation.sequence
+            history = sequence.known_tokens(0, sequence.known)
+            engine.begin(
+                sequence.slot, sequence.request.sampling, history, choice=sequence.choice, parked=operation.parked
+            )
+        else:
+            perform(engine, operation)
 
 
 def text_of(outputs: list[Output], name: str = "a", choice: int = 0) -> str:

@@ -65,6 +65,7 @@ class Stepper:
 
     def end(self, slot: int) -> None:
         self.engine.end(slot)
+        self.engine.keep(slot, 0)
         del self._next[slot], self._position[slot]
 
 

@@ -1,41 +1,38 @@
 """A loaded GGUF model: slots, one batch a step, one sampler chain a slot. Implements `skulk.engines.protocol.Engine`.
 
     thread   calls
-    engine   begin, run, end, close
-    any      info, tokens_of, piece, is_end (the owner ends them before `close`)
+    engine   begin, run, end, keep, share, move, park, restore, forget, embed, set_threads, close
+    any      info, tokens_of, border_of, piece, is_end (the owner ends them before `close`)
 
-    slot:    free ──begin──> open (position 0) ──run──> open (position n) ──end──> free
+    cells     `skulk.engines.llama_cpp.memory`: how many tokens of each slot are computed, and their copies
+    samplers  begin ──> in a slot ──end──> freed, or set aside under a parked id ──begin──> in a slot again
 
-A slot is a sequence id of the cache. In the stream layout running slots should be the lowest ones, without holes:
-llama.cpp computes the streams from the lowest to the highest in one go.
+A slot is a sequence id of the cache. In the stream layout running slots should be neighbours: llama.cpp computes the
+streams from the lowest to the highest in one go.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
+
+import msgspec
 
 from skulk.batching.step import StepPlan, StepResult, StepRow
 from skulk.engines.llama_cpp.batch import Batch
 from skulk.engines.llama_cpp.layout import Layout, split_rows
+from skulk.engines.llama_cpp.memory import SequenceMemory
 from skulk.engines.llama_cpp.native import forget_errors, library, recent_errors
 from skulk.engines.llama_cpp.prompt import Prompter
 from skulk.engines.llama_cpp.sampling import SamplerChain, settle
 from skulk.engines.llama_cpp.vocabulary import Vocabulary
 from skulk.engines.protocol import EngineInfo
-from skulk.errors import ServiceError
+from skulk.errors import RequestError, ServiceError
 from skulk.wire.generation import Prompt, Sampling
 
-_ALL = -1
-
-
-class _Slot:
-    """An open slot: its chain, and the position that its next token takes."""
-
-    def __init__(self, chain: SamplerChain) -> None:
-        self.chain = chain
-        self.position = 0
+_TIMED_STEPS: Final = 3
 
 
 class LlamaCppEngine:
@@ -55,14 +52,20 @@ class LlamaCppEngine:
         self._lib: Any = library()
         self._model: int | None = model
         self._context: int | None = context
-        self._memory: int = self._lib.llama_get_memory(context)
+        self._memory = SequenceMemory(
+            context,
+            n_parallel=info.n_parallel,
+            is_unified=layout.unified,
+            forgets=0 < self._lib.llama_model_n_swa(model) < info.n_ctx,
+        )
         self._layout = layout
         self._info = info
         self._vocabulary = vocabulary
         self._prompter = prompter
         self._defaults = defaults
         self._batch = Batch(layout.n_batch, info.n_parallel)
-        self._slots: dict[int, _Slot] = {}
+        self._chains: dict[int, SamplerChain] = {}
+        self._aside: dict[int, SamplerChain] = {}
 
     @property
     def info(self) -> EngineInfo:
@@ -78,14 +81,22 @@ class LlamaCppEngine:
     def is_end(self, token: int) -> bool:
         return self._vocabulary.is_end(token)
 
-    def begin(self, slot: int, sampling: Sampling, history: Sequence[int], *, choice: int = 0) -> None:
+    def border_of(self, prompt: Prompt, tokens: Sequence[int]) -> int:
+        """See `Engine.border_of`; costs another rendering of the template."""
+        return self._prompter.border_of(prompt, tuple(tokens))
+
+    def begin(self, slot: int, sampling: Sampling, history: Sequence[int], *, choice: int = 0, parked: int = 0) -> None:
         """See `Engine.begin`.
 
         Raises:
-            RequestError: ``invalid_request``: a sampling value is out of its range; the slot stays free.
+            RequestError: ``invalid_request``: a sampling value is out of its range; nothing was begun.
         """
         assert 0 <= slot < self._info.n_parallel, f"slot {slot} of {self._info.n_parallel}"
-        assert slot not in self._slots, f"slot {slot} is taken"
+        assert slot not in self._chains, f"slot {slot} is taken"
+        aside = self._aside.pop(parked, None)
+        if aside is not None:
+            self._chains[slot] = aside
+            return
         settled = settle(
             sampling,
             self._defaults,
@@ -93,7 +104,59 @@ class LlamaCppEngine:
             window=self._info.n_ctx,
             choice=choice,
         )
-        self._slots[slot] = _Slot(SamplerChain(settled, history, self._vocabulary.size))
+        self._chains[slot] = SamplerChain(settled, history, self._vocabulary.size)
+
+    def end(self, slot: int, *, parked: int = 0) -> None:
+        """See `Engine.end`."""
+        chain = self._chains.pop(slot)
+        if parked:
+            assert parked not in self._aside, f"a sampler was set aside at {parked} before"
+            self._aside[parked] = chain
+        else:
+            chain.free()
+
+    def keep(self, slot: int, count: int) -> None:
+        """See `Engine.keep`."""
+        self._memory.keep(slot, count)
+
+    def share(self, source: int, slot: int, count: int) -> None:
+        """See `Engine.share`."""
+        self._memory.share(source, slot, count)
+
+    def move(self, source: int, slot: int) -> None:
+        """See `Engine.move`."""
+        self._memory.move(source, slot)
+        if source in self._chains:
+            self._chains[slot] = self._chains.pop(source)
+
+    def park(self, slot: int, parked: int) -> None:
+        """See `Engine.park`."""
+        self._memory.park(slot, parked)
+
+    def restore(self, parked: int, slot: int, count: int) -> None:
+        """See `Engine.restore`."""
+        self._memory.restore(parked, slot, count)
+
+    def forget(self, parked: int) -> None:
+        """See `Engine.forget`."""
+        self._memory.forget(parked)
+        aside = self._aside.pop(parked, None)
+        if aside is not None:
+            aside.free()
+
+    def embed(self, inputs: Sequence[Sequence[int]]) -> list[list[float]]:
+        """See `Engine.embed`: this loader loads models that generate, and they are refused."""
+        raise RequestError(
+            "invalid_request",
+            f"{len(inputs)} inputs for embeddings came to a model that generates text ({self._info.architecture}); "
+            "ask an embedding model.",
+            param="model",
+        )
+
+    def set_threads(self, count: int) -> None:
+        """See `Engine.set_threads`."""
+        assert count > 0
+        self._lib.llama_set_n_threads(self._handle(), count, count)
 
     def run(self, plan: StepPlan) -> StepResult:
         """See `Engine.run`. A step of more than ``n_batch`` tokens takes several native calls."""
@@ -104,9 +167,9 @@ class LlamaCppEngine:
             outputs = self._batch.fill(sorted(rows, key=lambda row: row.slot))
             self._decode()
             for slot, index in outputs.items():
-                sampled[slot] = self._slots[slot].chain.sample(self._handle(), index)
+                sampled[slot] = self._chains[slot].sample(self._handle(), index)
         for row in plan.rows:
-            self._slots[row.slot].position = row.start + len(row.tokens)
+            self._memory.computed(row.slot, len(row.tokens))
         return StepResult(sampled=sampled, elapsed_s=time.perf_counter() - started)
 
     def _check(self, plan: StepPlan) -> None:
@@ -117,10 +180,10 @@ class LlamaCppEngine:
             self._check_row(row)
 
     def _check_row(self, row: StepRow) -> None:
-        slot = self._slots.get(row.slot)
-        assert slot is not None, f"slot {row.slot} was not begun"
+        assert row.slot in self._chains, f"slot {row.slot} was not begun"
+        position = self._memory.position(row.slot)
         assert row.tokens, f"slot {row.slot} has a row without tokens"
-        assert row.start == slot.position, f"slot {row.slot} is at {slot.position}, not at {row.start}"
+        assert row.start == position, f"slot {row.slot} is at {position}, not at {row.start}"
         assert row.start + len(row.tokens) <= self._info.n_ctx, (
             f"slot {row.slot} leaves its window of {self._info.n_ctx}"
         )
@@ -138,35 +201,61 @@ class LlamaCppEngine:
             "runner_failed", f"llama.cpp could not compute a step (llama_decode gave {status}): {reason}."
         )
 
-    def end(self, slot: int) -> None:
-        """See `Engine.end`."""
-        self._slots.pop(slot).chain.free()
-        was_removed = self._lib.llama_memory_seq_rm(self._memory, slot, _ALL, _ALL)
-        assert was_removed, f"llama.cpp kept the cells of slot {slot}"
-
     def warm_up(self) -> None:
-        """Computes one full chunk and one decode step, and forgets them: a ready engine has worked once.
+        """Computes one full chunk and some decode steps, tries what can be reused of them, and forgets all.
+
+        A ready engine has worked once, and `info` tells what was found out.
 
         Raises:
             ServiceError: ``runner_failed``: it can't.
         """
-        token = self._vocabulary.bos if self._vocabulary.bos is not None else 0
         chunk = max(1, min(self._layout.n_ubatch, self._info.n_ctx - 1))
         self.begin(0, Sampling(temperature=0.0), ())
         try:
-            drawn = self.run(StepPlan(rows=(StepRow(slot=0, tokens=(token,) * chunk, start=0, sample=True),)))
-            if chunk < self._info.n_ctx:
-                row = StepRow(slot=0, tokens=(drawn.sampled[0],), start=chunk, sample=True)
-                self.run(StepPlan(rows=(row,)))
+            drawn = self._first_chunk(chunk)
+            size = self._memory.size(0)
+            deep_s = self._timed_steps(drawn)
+            count = self._memory.position(0)
+            token_bytes = -(-(self._memory.size(0) - size) // max(1, count - chunk))
+            reuse = self._memory.tried()
+            self._memory.clear()
+            cell_s = 0.0
+            if self._layout.unified and deep_s > 0.0:
+                cell_s = max(0.0, deep_s - self._timed_steps(self._first_chunk(1))) / chunk
         finally:
             self.end(0)
-        self._lib.llama_memory_clear(self._memory, False)
+            self._memory.clear()
+        self._info = msgspec.structs.replace(
+            self._info,
+            is_unified=self._layout.unified,
+            reuse=reuse,
+            state_bytes=size if count == chunk else max(0, size - token_bytes * chunk),
+            token_bytes=token_bytes,
+            cell_s=cell_s,
+        )
+
+    def _first_chunk(self, count: int) -> int:
+        """Computes so many tokens in the empty slot 0; gives the token drawn after them."""
+        token = self._vocabulary.bos if self._vocabulary.bos is not None else 0
+        row = StepRow(slot=0, tokens=(token,) * count, start=0, sample=True)
+        return self.run(StepPlan(rows=(row,))).sampled[0]
+
+    def _timed_steps(self, token: int) -> float:
+        """Decodes on in slot 0 while its window lasts; the median time of a step, 0 where it has no room for one."""
+        start = self._memory.position(0)
+        times: list[float] = []
+        for position in range(start, min(start + _TIMED_STEPS, self._info.n_ctx)):
+            drawn = self.run(StepPlan(rows=(StepRow(slot=0, tokens=(token,), start=position, sample=True),)))
+            token = drawn.sampled[0]
+            times.append(drawn.elapsed_s)
+        return statistics.median(times) if times else 0.0
 
     def close(self) -> None:
         """See `Engine.close`; a second call does nothing."""
-        for slot in self._slots.values():
-            slot.chain.free()
-        self._slots.clear()
+        for chain in (*self._chains.values(), *self._aside.values()):
+            chain.free()
+        self._chains.clear()
+        self._aside.clear()
         self._prompter.close()
         if self._context:
             self._lib.llama_free(self._context)

@@ -14,6 +14,9 @@ import logging
 import secrets
 from typing import Any, Final, assert_never
 
+import msgspec
+
+from skulk.batching.reuse import common_beginning
 from skulk.engines.llama_cpp.vocabulary import Vocabulary
 from skulk.engines.shield import NONCE_DIGITS, Segment, Shield, SpecialTexts
 from skulk.engines.template import TemplateRenderer
@@ -78,13 +81,24 @@ class Prompter:
             )
         return tokens
 
-    def _chat(self, prompt: ChatPrompt) -> tuple[int, ...]:
+    def border_of(self, prompt: Prompt, tokens: tuple[int, ...]) -> int:
+        """How many of ``tokens`` come before the prompt's last turn: what the turns before it begin with too."""
+        if not isinstance(prompt, ChatPrompt) or len(prompt.messages) < 2:
+            return 0
+        before = msgspec.structs.replace(prompt, messages=prompt.messages[:-1])
+        try:
+            earlier = self._chat(before, is_asked=False)
+        except RequestError:
+            return 0  # a template that can't end there
+        return common_beginning(tokens, earlier)
+
+    def _chat(self, prompt: ChatPrompt, *, is_asked: bool = True) -> tuple[int, ...]:
         if not prompt.messages:
             raise RequestError("invalid_request", "messages is empty; send at least one message.", param="messages")
         self._check_size(sum(_size_of(message) for message in prompt.messages))
         nonce = f"{secrets.randbelow(10**NONCE_DIGITS):0{NONCE_DIGITS}d}"
         shield = Shield(self._specials, nonce)
-        variables = self._variables(prompt, shield)
+        variables = self._variables(prompt, shield) | {"add_generation_prompt": is_asked}
         try:
             rendered = self._renderer.render(variables, nonce)
         except RequestError as error:
@@ -97,7 +111,6 @@ class Prompter:
             "documents": None,
             **shield.hide_all(prompt.variables),
             "messages": [self._message(message, shield) for message in prompt.messages],
-            "add_generation_prompt": True,
             "bos_token": self._vocabulary.text_of(self._vocabulary.bos),
             "eos_token": self._vocabulary.text_of(self._vocabulary.eos),
         }

@@ -8,10 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skulk.batching.apply import apply
-from skulk.batching.plan import StepBudget, budget_for, plan_step
+from skulk.batching.operations import Begin, End, Keep
+from skulk.batching.plan import MAX_PASSED, StepBudget, budget_for, plan_step
 from skulk.batching.rate import Rate
 from skulk.batching.requests import BatchRequest, Emitted, Ended, Output, Progressed
-from skulk.batching.slots import BatchState, add, end_all, end_request, expire, start_waiting
+from skulk.batching.schedule import schedule
+from skulk.batching.slots import add, end_all, end_request, expire
+from skulk.batching.state import BatchState
 from skulk.batching.step import StepResult
 from skulk.wire.base import ErrorBody
 from skulk.wire.generation import Timings, Usage
@@ -82,7 +85,7 @@ def test_ignore_eos_goes_on_to_the_limit() -> None:
 def test_decode_rows_come_first_and_prompts_follow_in_their_order() -> None:
     budget = StepBudget(tokens=512, prefill_tokens=64)
     state, _, _ = play_step(batch(request_of("a")), saying("aaaa"), budget, 1.0)
-    for name, prompt in (("b", 100), ("c", 20)):
+    for name, prompt in (("b", 100), ("c", 100)):
         state = add(state, request_of(name, prompt=prompt), VOCABULARY, 1.0).state
     plans: list[list[tuple[int, int, bool]]] = []
     for _ in range(2):
@@ -91,8 +94,24 @@ def test_decode_rows_come_first_and_prompts_follow_in_their_order() -> None:
         plans.append([(row.slot, len(row.tokens), row.sample) for row in plan.rows])
     assert plans == [
         [(0, 1, True), (1, 64, False)],
-        [(0, 1, True), (1, 36, True), (2, 20, True)],
+        [(0, 1, True), (1, 36, True), (2, 28, False)],
     ]
+
+
+def test_a_short_prompt_passes_a_long_one_four_times() -> None:
+    budget = StepBudget(tokens=512, prefill_tokens=64)
+    state = batch(request_of("long", prompt=400), n_parallel=8, max_waiting=64)
+    firsts: list[str] = []
+    for step in range(8):
+        state = add(state, request_of(f"short {step}", prompt=20, max_tokens=9), VOCABULARY, 1.0).state
+        state, plan, _ = play_step(state, saying("x"), budget, 2.0)
+        assert plan is not None
+        slots = {seq.slot: seq.request.key.request_id for seq in state.running}
+        prefill = [slots[row.slot] for row in plan.rows if len(row.tokens) > 1]
+        firsts.append(prefill[0].split()[0])
+        assert sum(len(row.tokens) for row in plan.rows if len(row.tokens) > 1) <= 64
+    assert firsts == ["short"] * 4 + ["long"] * 4
+    assert max(seq.passed for seq in state.running) == 4
 
 
 def test_choices_of_one_request_end_it_once() -> None:
@@ -103,15 +122,15 @@ def test_choices_of_one_request_end_it_once() -> None:
 
 
 def test_the_lowest_free_slot_is_taken() -> None:
-    state = start_waiting(batch(*(request_of(name) for name in "abc")), 1.0).state
+    state = schedule(batch(*(request_of(name) for name in "abc")), 1.0).state
     state = end_request(state, request_of("b").key, 1.0).state
     state = add(state, request_of("d"), VOCABULARY, 1.0).state
-    started = start_waiting(state, 2.0)
-    assert [seq.slot for seq in started.sequences] == [1]
+    started = schedule(state, 2.0)
+    assert [one.sequence.slot for one in started.operations if isinstance(one, Begin)] == [1]
     assert {seq.request.key.request_id: seq.slot for seq in started.state.running} == {"a": 0, "c": 2, "d": 1}
 
 
-def test_cells_that_running_sequences_may_need_are_theirs() -> None:
+def test_a_prompt_waits_for_cells_and_those_behind_it_wait_too() -> None:
     state = batch(
         request_of("a", prompt=60, max_tokens=40),
         request_of("b", prompt=60, max_tokens=40),
@@ -119,8 +138,8 @@ def test_cells_that_running_sequences_may_need_are_theirs() -> None:
         n_ctx=100,
         kv_cells=150,
     )
-    started = start_waiting(state, 1.0)
-    assert [seq.request.key.request_id for seq in started.sequences] == ["a"], "b waits for cells, c behind b"
+    started = schedule(state, 1.0)
+    assert [seq.request.key.request_id for seq in started.state.running] == ["a"], "b waits for cells, c behind b"
     assert set(ends_of(play(state, saying("ok")))) == {"a", "b", "c"}
 
 
@@ -131,7 +150,7 @@ def test_a_request_ended_from_outside_leaves_no_trace(steps: int) -> None:
     for second in range(steps):
         state, _, _ = play_step(state, saying("x" * 40), budget, float(second + 1))
     changed = end_request(state, request_of("a").key, 9.0)
-    assert changed.freed == ((0,) if steps else ())
+    assert changed.operations == ((End(slot=0), Keep(slot=0, count=0)) if steps else ())
     assert [(type(one), one.key.request_id) for one in changed.outputs] == [(Ended, "a")]
     assert isinstance(changed.outputs[0], Ended)
     assert changed.outputs[0].end.reason == "cancelled"
@@ -153,7 +172,7 @@ def test_a_cancel_between_two_choices_counts_both() -> None:
 
 def test_deadlines_end_what_is_late_and_nothing_else() -> None:
     state = batch(request_of("a", deadline=5.0), request_of("b", deadline=6.0))
-    state = start_waiting(state, 1.0).state
+    state = schedule(state, 1.0).state
     assert expire(state, 4.9).outputs == ()
     changed = expire(state, 5.0)
     end = changed.outputs[0]
@@ -161,18 +180,18 @@ def test_deadlines_end_what_is_late_and_nothing_else() -> None:
     assert (end.key.request_id, end.end.reason) == ("a", "error")
     assert end.end.error is not None
     assert end.end.error.code == "deadline_exceeded"
-    assert changed.freed == (0,)
+    assert changed.operations == (End(slot=0), Keep(slot=0, count=0))
 
 
 def test_a_failure_ends_all_with_its_error() -> None:
-    state = start_waiting(batch(*(request_of(name) for name in "abcdef")), 1.0).state
+    state = schedule(batch(*(request_of(name) for name in "abcdef")), 1.0).state
     changed = end_all(state, 2.0, ErrorBody(code="runner_failed", detail="gone", retryable=True))
     assert {end.key.request_id for end in changed.outputs if isinstance(end, Ended)} == set("abcdef")
     assert changed.state.is_idle
 
 
 def test_a_plan_for_another_position_is_a_defect() -> None:
-    state = start_waiting(batch(request_of(prompt=10)), 1.0).state
+    state = schedule(batch(request_of(prompt=10)), 1.0).state
     plan = plan_step(state, StepBudget(tokens=512, prefill_tokens=5))
     assert plan is not None
     result = StepResult(sampled={}, elapsed_s=0.1)
@@ -217,20 +236,23 @@ REQUESTS = st.lists(
 )
 
 
+SLOW = Rate(decode_s=0.001, prefill_s=(0.001,))
+"""A hundred prompt tokens fit a step."""
+
+
 @settings(deadline=None)
 @given(REQUESTS, st.integers(1, 4), st.integers(0, 3), st.integers(1, 100))
 def test_every_request_ends_once_and_no_step_is_over_its_budget(
     requests: list[tuple[int, int, int, int, int | None]], n_parallel: int, tight: int, prefill_tokens: int
 ) -> None:
-    """Random arrivals and cancels: budget and cells kept, decode first, then first come first served."""
+    """Random arrivals and cancels: the budget is kept; decode first, then first come first served, or short first."""
     shape = shape_of(
         n_ctx=100, kv_cells=100 + tight * 70, n_parallel=n_parallel, n_batch=n_parallel + 100, n_ubatch=100
     )
     state = BatchState(shape=msgspec.structs.replace(shape, max_waiting=100))
     budget = StepBudget(tokens=shape.n_batch, prefill_tokens=prefill_tokens)
     outputs: list[Output] = []
-    started: list[tuple[int, int]] = []
-    first_draws: dict[str, int] = {}
+    started: list[int] = []
     for step in range(2000):
         for index, (prompt, max_tokens, n, at, cancel_at) in enumerate(requests):
             request = request_of(str(index), prompt=prompt, max_tokens=max_tokens, n=n)
@@ -240,32 +262,38 @@ def test_every_request_ends_once_and_no_step_is_over_its_budget(
                 changed = end_request(state, request.key, float(step))
                 state = changed.state
                 outputs.extend(changed.outputs)
-        before = start_waiting(state, float(step))
-        started.extend((requests[int(seq.request.key.request_id)][3], step) for seq in before.sequences)
-        state, plan, told = play_step(state, saying("abcd"), budget, float(step))
+        scheduled = schedule(state, float(step))
+        began = [one.sequence for one in scheduled.operations if isinstance(one, Begin)]
+        started.extend(seq.order for seq in began if seq.started_at == float(step))
+        before = scheduled.state
+        clamped = StepBudget(
+            tokens=budget.tokens, prefill_tokens=min(prefill_tokens, budget_for(before, SLOW).prefill_tokens)
+        )
+        state, plan, told = play_step(state, saying("abcd"), clamped, float(step))
         outputs.extend(told)
         if plan is None:
             if step > 40:
                 break
             continue
         assert plan.token_count <= budget.tokens
-        decoding = {seq.slot for seq in before.state.running if seq.is_decoding}
+        decoding = {seq.slot for seq in before.running if seq.is_decoding}
         assert [row.slot for row in plan.rows[: len(decoding)]] == sorted(decoding), "decode first, every one"
         prefill = [row for row in plan.rows if row.slot not in decoding]
         assert sum(len(row.tokens) for row in prefill) <= prefill_tokens
         assert len({row.slot for row in plan.rows}) == len(plan.rows)
-        by_slot = {seq.slot: seq for seq in before.state.running}
-        order = [seq.slot for seq in before.state.running if not seq.is_decoding]
-        assert [row.slot for row in prefill] == order[: len(prefill)], "first come, first served"
+        by_slot = {seq.slot: seq for seq in before.running}
         for row in prefill[:-1]:
             assert len(row.tokens) == by_slot[row.slot].gap, "only the last prompt of a step is cut"
-        assert sum(seq.request.cells for seq in before.state.running) <= shape.kv_cells
+        orders = [by_slot[row.slot].order for row in prefill]
+        oldest = min((seq for seq in before.running if not seq.is_decoding), key=lambda seq: seq.order, default=None)
+        if oldest is not None and oldest.passed >= MAX_PASSED:
+            assert orders[0] == oldest.order, "first come, first served in the end"
         for seq in state.running:
             assert seq.computed <= seq.known <= seq.request.cells
-            first_draws.setdefault(seq.request.key.request_id, step)
+            assert seq.passed <= MAX_PASSED
     assert state.is_idle
     assert state.closed == ()
-    assert [at for at, _ in started] == sorted(at for at, _ in started), "slots are given in the order of arrival"
+    assert started == sorted(started), "slots are given in the order of arrival"
     for index, (prompt, _, _, at, cancel_at) in enumerate(requests):
         ends = ends_of(outputs).get(str(index), [])
         was_cancelled_early = cancel_at is not None and cancel_at < at

@@ -42,6 +42,7 @@ def answer(one: Engine, prompt: tuple[int, ...], sampling: Sampling = GREEDY, sl
         token = result.sampled[slot]
         if one.is_end(token):
             one.end(slot)
+            one.keep(slot, 0)
             return text
         text += one.piece(token)
         tokens = (token,)

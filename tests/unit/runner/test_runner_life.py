@@ -200,13 +200,14 @@ def info_of(spec: RunnerSpec, **changes: object) -> object:
         n_batch=spec.load.n_batch,
         vocabulary_size=10,
         has_template=True,
+        kv_cells=spec.load.kv_cells // 256 * 256,
     )
     return msgspec.structs.replace(info, **changes)
 
 
 def test_the_shape_follows_what_was_really_loaded() -> None:
     whole = spec_of("/x", context_length=1000, n_parallel=4, kv_cells=4000)
-    shape = shape_of(info_of(whole, n_ctx=768), whole)  # type: ignore[arg-type]
+    shape = shape_of(info_of(whole, n_ctx=768, kv_cells=4 * 768), whole)  # type: ignore[arg-type]
     assert (shape.n_ctx, shape.kv_cells, shape.n_parallel) == (768, 4 * 768, 4)
     shared = spec_of("/x", context_length=1000, n_parallel=16, kv_cells=3000)
     shape = shape_of(info_of(shared), shared)  # type: ignore[arg-type]
