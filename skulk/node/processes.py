@@ -130,6 +130,7 @@ class LocalMachine:
                 gpu_layers=settings.gpu_layers,
                 flash_attention=settings.flash_attention,
                 kv_type=settings.kv_type,
+                park_bytes=assignment.memory.park_bytes,
             ),
             request_timeout_s=settings.request_timeout_s,
             step_timeout_s=settings.step_timeout_s,

@@ -1,11 +1,13 @@
 """How much memory an instance takes, and the largest context that fits a room. Bytes and tokens throughout.
 
-    need = max(256 MiB, factor x weights) + KV + recurrent state + compute buffer + output buffer
+    need = max(256 MiB, factor x weights) + KV + recurrent state + compute buffer + output buffer + parked states
            factor 1.10 for GGUF, 1.30 for MLX; what factor and floor add to the weights is the headroom
 
     KV              kv_cells x kv_bytes_per_token, a stream's cells in multiples of 256
     compute buffer  512 rows x (16 activations of the embedding's length x 4 + mask of 2 a cell of one stream)
     output buffer   n_parallel rows of logits, 4 bytes each
+    parked states   a quarter of the KV, 1 GiB at most, and no more than all the rest leaves: host memory for sequences
+                    that yield and for prefixes that come back
 
 Compute and output buffers hold for flash attention and ``n_outputs_max = n_parallel``: llama.cpp then asks for 13.5
 MiB and 1 KiB a cell for an embedding length of 576 with a feed-forward of 2.7 times that (12 activations); 16 leave
@@ -23,7 +25,7 @@ from typing import Final
 
 import msgspec
 
-from skulk.units import MIB
+from skulk.units import GIB, MIB
 from skulk.wire.model import ModelCard
 from skulk.wire.placement import MemoryEstimate
 
@@ -37,6 +39,9 @@ ROWS: Final = 512
 ACTIVATIONS: Final = 16
 KV_SHARE: Final = 4
 """KV beyond one context may take up to the room divided by this."""
+PARK_SHARE: Final = 4
+PARK_MAX: Final = GIB
+"""The most host memory for parked states: the KV divided by `PARK_SHARE`, and this."""
 _FACTOR_PERCENT: Final = {"gguf": 110, "mlx": 130}
 
 
@@ -161,7 +166,15 @@ def fit_context(
     cells = _cells(card, context, n_parallel, backend, room_bytes)
     memory = estimate(card, context, n_parallel, cells, backend)
     assert memory.need_bytes <= room_bytes
+    if not backend.startswith("mlx"):
+        memory = _with_parked(memory, room_bytes)
     return Fit(context_length=context, n_parallel=n_parallel, kv_cells=cells, memory=memory)
+
+
+def _with_parked(memory: MemoryEstimate, room_bytes: int) -> MemoryEstimate:
+    """Room for parked states beside the rest: it takes no token of context from anyone."""
+    park = min(memory.kv_bytes // PARK_SHARE, PARK_MAX, room_bytes - memory.need_bytes)
+    return msgspec.structs.replace(memory, park_bytes=park, need_bytes=memory.need_bytes + park)
 
 
 def least_need(card: ModelCard, asked: int | None, n_parallel: int, backend: str) -> MemoryEstimate:

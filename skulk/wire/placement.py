@@ -35,13 +35,17 @@ class PlacementRequest(Wire, frozen=True, kw_only=True):
 
 
 class MemoryEstimate(Wire, frozen=True, kw_only=True):
-    """What an instance will take of one pool, in parts, in bytes; ``need_bytes`` is what is reserved."""
+    """What an instance will take of one pool, in parts, in bytes; ``need_bytes`` is what is reserved.
+
+    ``park_bytes``: host memory of the runner for states that are set aside.
+    """
 
     weights_bytes: int
     kv_bytes: int
     compute_bytes: int
     headroom_bytes: int
     need_bytes: int
+    park_bytes: int = 0
 
 
 class NodeReport(Wire, frozen=True, kw_only=True):

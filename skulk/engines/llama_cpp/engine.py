@@ -22,7 +22,7 @@ import msgspec
 
 from skulk.batching.step import StepPlan, StepResult, StepRow
 from skulk.engines.llama_cpp.batch import Batch
-from skulk.engines.llama_cpp.layout import Layout, split_rows
+from skulk.engines.llama_cpp.layout import Layout, calls_of
 from skulk.engines.llama_cpp.memory import SequenceMemory
 from skulk.engines.llama_cpp.native import forget_errors, library, recent_errors
 from skulk.engines.llama_cpp.prompt import Prompter
@@ -159,12 +159,12 @@ class LlamaCppEngine:
         self._lib.llama_set_n_threads(self._handle(), count, count)
 
     def run(self, plan: StepPlan) -> StepResult:
-        """See `Engine.run`. A step of more than ``n_batch`` tokens takes several native calls."""
+        """See `Engine.run`. A step is several native calls where one would be slower (`calls_of`)."""
         started = time.perf_counter()
         self._check(plan)
         sampled: dict[int, int] = {}
-        for rows in split_rows(plan.rows, self._layout.n_batch):
-            outputs = self._batch.fill(sorted(rows, key=lambda row: row.slot))
+        for rows in calls_of(plan.rows, self._layout):
+            outputs = self._batch.fill(rows)
             self._decode()
             for slot, index in outputs.items():
                 sampled[slot] = self._chains[slot].sample(self._handle(), index)

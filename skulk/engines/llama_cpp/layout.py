@@ -80,6 +80,23 @@ def kv_type_of(name: str) -> int:
     return KV_TYPES[name]
 
 
+def calls_of(rows: Sequence[StepRow], layout: Layout) -> tuple[tuple[StepRow, ...], ...]:
+    """The native calls of a step, in order; at most ``n_batch`` tokens each, and only a row's last part samples.
+
+    In a unified cache all rows go together. Streams of unequal rows are cut to the shortest of them by llama.cpp, and a
+    chunk of 64 that loses its first row to the decode rows falls off the kernels' cliff (1.6 times as slow at a depth of
+    1,024); so the decode rows are one call, by slot, and each chunk is one.
+    """
+    if layout.unified:
+        return split_rows(rows, layout.n_batch)
+    single = sorted((row for row in rows if len(row.tokens) == 1), key=lambda row: row.slot)
+    calls = list(split_rows(single, layout.n_batch))
+    for row in rows:
+        if len(row.tokens) > 1:
+            calls += split_rows((row,), layout.n_batch)
+    return tuple(calls)
+
+
 def split_rows(rows: Sequence[StepRow], limit: int) -> tuple[tuple[StepRow, ...], ...]:
     """Rows in their order, cut into calls of at most ``limit`` tokens; only a row's last part samples."""
     assert limit > 0

@@ -68,7 +68,7 @@ def test_the_golden_table() -> None:
 def test_the_reason_of_a_placement_has_the_figures() -> None:
     decision = place(HOME, PlacementRequest(card=TINY), NOW)
     assert decision.reason == (
-        "tiny goes to strix on llama_cpp-vulkan: memory need 3.2 GiB have 96.0 GiB, context 8,192 tokens, "
+        "tiny goes to strix on llama_cpp-vulkan: memory need 3.9 GiB have 96.0 GiB, context 8,192 tokens, "
         "16 side by side in 131,072 cells."
     )
     shorter = place(cluster(GEFORCE), PlacementRequest(card=SMALL), NOW)
@@ -239,7 +239,7 @@ def test_two_that_fit_singly_but_not_together() -> None:
     assert first.outcome == "placed"
     second = place(with_instance(view, SMALL, assign(first, "i1", 1)), asked, NOW)
     assert second.outcome == "unplaceable"
-    assert "memory need 9.2 GiB have 2.8 GiB" in second.reason
+    assert "memory need 9.2 GiB have 1.8 GiB" in second.reason
 
 
 TAGS = [CPU_TAGS, ("llama_cpp", "llama_cpp-vulkan"), ("llama_cpp", "llama_cpp-cuda"), ("mlx", "mlx-metal"), ()]

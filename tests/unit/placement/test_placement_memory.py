@@ -11,6 +11,8 @@ from skulk.placement.memory import (
     CELL_STEP,
     KV_SHARE,
     MIN_CONTEXT,
+    PARK_MAX,
+    PARK_SHARE,
     context_limit,
     estimate,
     fit_context,
@@ -33,6 +35,28 @@ def test_the_parts_of_an_estimate_by_hand() -> None:
     assert memory.kv_bytes == 4096 * 100 * KIB
     assert memory.compute_bytes == 512 * (16 * 1000 * 4 + 2 * 4096) + 4 * 50_000 * 4
     assert memory.need_bytes == (memory.weights_bytes + memory.headroom_bytes + memory.kv_bytes + memory.compute_bytes)
+
+
+def test_parked_states_take_what_is_left_up_to_a_share() -> None:
+    def parked(room_bytes: int, backend: str = CPU) -> tuple[int, int]:
+        fit = fit_context(TINY, room_bytes=room_bytes, asked=8192, n_parallel=1, backend=backend)
+        assert fit is not None
+        assert fit.context_length == 8192
+        parts = fit.memory
+        assert parts.need_bytes == (
+            parts.weights_bytes + parts.headroom_bytes + parts.kv_bytes + parts.compute_bytes + parts.park_bytes
+        )
+        return parts.park_bytes, parts.kv_bytes
+
+    need = estimate(TINY, 8192, 1, 8192, CPU).need_bytes
+    assert parked(need)[0] == 0, "not a token of context is given for it"
+    assert parked(need + MIB)[0] == MIB
+    park, kv = parked(64 * GIB)
+    assert park == kv // PARK_SHARE
+    assert parked(64 * GIB, "mlx-metal")[0] == 0, "that engine parks nothing"
+    large = fit_context(SMALL, room_bytes=96 * GIB, asked=None, n_parallel=16, backend=CPU)
+    assert large is not None
+    assert large.memory.park_bytes == PARK_MAX
 
 
 def test_small_weights_are_lifted_to_the_floor() -> None:
@@ -151,7 +175,10 @@ def test_a_fit_is_within_room_limits_and_cells(
     assert fit.context_length % CELL_STEP == 0 or fit.context_length < CELL_STEP
     assert fit.kv_cells % CELL_STEP == 0
     assert round_up(fit.context_length) <= fit.kv_cells <= n_parallel * round_up(fit.context_length)
-    assert fit.memory == estimate(card, fit.context_length, n_parallel, fit.kv_cells, CPU)
+    park = fit.memory.park_bytes
+    assert 0 <= park <= min(fit.memory.kv_bytes // PARK_SHARE, PARK_MAX)
+    without = msgspec.structs.replace(fit.memory, park_bytes=0, need_bytes=fit.memory.need_bytes - park)
+    assert without == estimate(card, fit.context_length, n_parallel, fit.kv_cells, CPU)
 
 
 @given(card=cards, room_bytes=rooms, more=st.integers(min_value=0, max_value=50 * GIB), n_parallel=parallels)
