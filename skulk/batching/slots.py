@@ -135,23 +135,26 @@ def _ended(family: tuple[Sequence, ...], now: float, reason: FinishReason, error
     request = family[0].request
     started = min((seq.started_at for seq in family if seq.started_at > 0.0), default=now)
     first = min((seq.first_at for seq in family if seq.first_at > 0.0), default=now)
-    return Ended(
-        key=request.key,
-        end=StreamEnd(
-            reason=reason,
-            error=error,
-            usage=Usage(
-                prompt_tokens=len(request.prompt),
-                completion_tokens=sum(len(seq.drawn) for seq in family),
-                cached_tokens=min(family, key=lambda seq: seq.choice).cached,
-            ),
-            timings=Timings(
-                queue_s=max(0.0, started - request.arrived_at),
-                prefill_s=max(0.0, first - started),
-                decode_s=max(0.0, now - first),
-            ),
-        ),
+    usage = Usage(
+        prompt_tokens=len(request.prompt),
+        completion_tokens=sum(len(seq.drawn) for seq in family),
+        cached_tokens=min(family, key=lambda seq: seq.choice).cached,
     )
+    prefill_s, decode_s = max(0.0, first - started), max(0.0, now - first)
+    # The first token of a choice comes with its prompt.
+    later = sum(max(0, len(seq.drawn) - len(request.emitted) - 1) for seq in family)
+    timings = Timings(
+        queue_s=max(0.0, started - request.arrived_at),
+        prefill_s=prefill_s,
+        decode_s=decode_s,
+        prefill_tps=_rate(usage.prompt_tokens - usage.cached_tokens, prefill_s),
+        decode_tps=_rate(later, decode_s),
+    )
+    return Ended(key=request.key, end=StreamEnd(reason=reason, error=error, usage=usage, timings=timings))
+
+
+def _rate(tokens: int, elapsed_s: float) -> float:
+    return round(tokens / elapsed_s, 3) if elapsed_s > 0.0 else 0.0
 
 
 def _replayed(request: BatchRequest, vocabulary: Vocabulary) -> tuple[Sequence, str, FinishReason | None]:

@@ -64,6 +64,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
         is_unified: one cache that all sequences share; else one stream each.
         reuse: what can be taken over of a sequence's computed tokens, as tried at load.
         state_bytes: what a parked state takes, and ``token_bytes`` more for each of its tokens.
+        n_threads: of the processor that it computes with; 0: it computes elsewhere.
         cell_s: seconds that a cell of a unified cache, used or not, adds to each row of a decode step; 0: unknown.
     """
 
@@ -81,6 +82,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     reuse: Reuse = "none"
     state_bytes: int = 0
     token_bytes: int = 0
+    n_threads: int = 0
     cell_s: float = 0.0
 
 

@@ -23,16 +23,18 @@ from skulk.batching.admission import BatchShape, check_fields, check_room
 from skulk.batching.requests import BatchRequest, Emitted, Ended, Output, Progressed, RequestKey
 from skulk.bus.port import Bus, Call
 from skulk.bus.streams import Outbox
-from skulk.bus.subjects import GATEWAY_BEAT, RUNNER_CANCEL, RUNNER_GENERATE, RUNNER_RESEND
+from skulk.bus.subjects import GATEWAY_BEAT, NODE_BEAT, RUNNER_CANCEL, RUNNER_GENERATE, RUNNER_RESEND
 from skulk.clock import Clock
 from skulk.engines.protocol import Engine, EngineInfo
 from skulk.errors import ServiceError, SkulkError, UnavailableError
 from skulk.runner.engine_thread import EngineThread, Load
 from skulk.runner.preparing import Preparer
-from skulk.runner.reports import Add, EndRequest, Failed, Loaded, Loading, Refused, Report, Stepped, Stopped
+from skulk.runner.reports import Add, EndRequest, Failed, Loaded, Loading, Refused, Report, SetThreads, Stepped, Stopped
 from skulk.runner.status import StatusBoard
 from skulk.runner.table import OpenRequest, RequestTable
+from skulk.runner.threads import thread_share
 from skulk.wire.base import ErrorBody
+from skulk.wire.beats import NodeBeat
 from skulk.wire.generation import Accepted, Cancel, Cancelled, Generate, Resend, Resent, StreamEnd
 from skulk.wire.runner import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, RunnerSpec
 
@@ -96,6 +98,7 @@ class Runner:
         self._thread = EngineThread(load, lambda info: shape_of(info, spec), self._post, clock)
         self._engine: Engine | None = None
         self._shape: BatchShape | None = None
+        self._threads = 0
         self._over: asyncio.Future[int] = self._loop.create_future()
         self._stop_asked = asyncio.Event()
         self._is_hurried = False
@@ -117,6 +120,9 @@ class Runner:
             runner=self._spec.runner_id,
         )
         beats = await self._bus.subscribe(GATEWAY_BEAT, lambda beat: self._outbox.gateway_heard(beat.message))
+        own_node = await self._bus.subscribe(
+            NODE_BEAT, lambda beat: self._share_threads(beat.message), node=self._spec.node_id
+        )
         tasks = [
             asyncio.create_task(self._outbox.run(), name="outbox"),
             asyncio.create_task(self.status.run(), name="status"),
@@ -136,6 +142,7 @@ class Runner:
             await _cancelled(*tasks, life, *self._preparations)
             self._thread.stop()
             await beats.close()
+            await own_node.close()
             await service.close(drain_s=0.5)
             await self._preparer.close(0.0)
 
@@ -332,6 +339,16 @@ class Runner:
             return
         self.status.enter("ready", progress=1.0, n_ctx=info.n_ctx)
         self._on_ready(info)
+
+    def _share_threads(self, beat: NodeBeat) -> None:
+        """Follows the number of runners that share the node's cores, unless a person has set the threads."""
+        if self._engine is None or self._spec.load.n_threads or not self._engine.info.n_threads:
+            return
+        threads = thread_share(self._engine.info.n_threads, self._spec.runner_id, beat)
+        if threads != (self._threads or self._engine.info.n_threads):
+            log.info("computing with %d of %d threads", threads, self._engine.info.n_threads)
+            self._threads = threads
+            self._thread.submit(SetThreads(threads))
 
     def _refused(self, error: SkulkError) -> None:
         self._refusal = error

@@ -46,6 +46,7 @@ class StatusBoard:
             restarts=spec.restarts,
             reserved_bytes=spec.reserved_bytes,
             since=clock.wall(),
+            backend=spec.load.backend,
         )
 
     @property

@@ -60,6 +60,7 @@ class RunnerStatus(Wire, frozen=True, kw_only=True):
         memory_bytes: resident memory of the process; 0 where unknown.
         error: why it was refused or failed.
         restarts: how often this assignment's process was started again.
+        backend: resolved tag that it computes on; runners on ``-cpu`` share their node's cores.
     """
 
     runner_id: str
@@ -77,6 +78,7 @@ class RunnerStatus(Wire, frozen=True, kw_only=True):
     error: ErrorBody | None = None
     restarts: int = 0
     since: float = 0.0
+    backend: str = ""
 
 
 class HealthReason(Wire, frozen=True, kw_only=True):

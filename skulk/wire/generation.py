@@ -177,11 +177,18 @@ class Usage(Wire, frozen=True, kw_only=True):
 
 
 class Timings(Wire, frozen=True, kw_only=True):
-    """Where the time of a request went, in seconds at the runner."""
+    """Where the time of a request went, in seconds at the runner.
+
+    Attributes:
+        prefill_tps: prompt tokens computed a second of prefill; those taken over don't count. 0: no time was measured.
+        decode_tps: tokens drawn a second of decode, over all choices.
+    """
 
     queue_s: float
     prefill_s: float
     decode_s: float
+    prefill_tps: float = 0.0
+    decode_tps: float = 0.0
 
 
 class StreamEnd(Wire, frozen=True, kw_only=True):

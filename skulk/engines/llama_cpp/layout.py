@@ -84,8 +84,8 @@ def calls_of(rows: Sequence[StepRow], layout: Layout) -> tuple[tuple[StepRow, ..
     """The native calls of a step, in order; at most ``n_batch`` tokens each, and only a row's last part samples.
 
     In a unified cache all rows go together. Streams of unequal rows are cut to the shortest of them by llama.cpp, and a
-    chunk of 64 that loses its first row to the decode rows falls off the kernels' cliff (1.6 times as slow at a depth of
-    1,024); so the decode rows are one call, by slot, and each chunk is one.
+    chunk of 64 that loses its first row to the decode rows falls off the kernels' cliff (1.6 times as slow at a depth
+    of 1,024); so the decode rows are one call, by slot, and each chunk is one.
     """
     if layout.unified:
         return split_rows(rows, layout.n_batch)

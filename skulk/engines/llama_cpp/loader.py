@@ -205,6 +205,7 @@ def _info(
         vocabulary_size=vocabulary.size,
         has_template=has_template,
         kv_cells=int(lib.llama_n_ctx(context)),
+        n_threads=int(lib.llama_n_threads(context)) if spec.backend.endswith("-cpu") else 0,
     )
 
 

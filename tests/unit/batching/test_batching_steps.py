@@ -53,7 +53,7 @@ def test_one_request_from_its_prompt_to_its_end() -> None:
     assert isinstance(end, Ended)
     assert end.end.reason == "stop"
     assert end.end.usage == Usage(prompt_tokens=100, completion_tokens=4)
-    assert end.end.timings == Timings(queue_s=1.0, prefill_s=1.0, decode_s=3.0)
+    assert end.end.timings == Timings(queue_s=1.0, prefill_s=1.0, decode_s=3.0, prefill_tps=100.0, decode_tps=1.0)
 
 
 def test_the_limit_ends_with_length_and_what_was_held_goes_out() -> None:
