@@ -18,7 +18,7 @@ from typing import Any
 
 from skulk.batching.step import StepPlan, StepResult, StepRow
 from skulk.engines.llama_cpp.batch import Batch
-from skulk.engines.llama_cpp.layout import Layout, split_rows
+from skulk.engines.llama_cpp.layout import Layout, calls_of
 from skulk.engines.llama_cpp.native import forget_errors, library, recent_errors
 from skulk.engines.llama_cpp.prompt import Prompter
 from skulk.engines.llama_cpp.sampling import SamplerChain, settle
@@ -96,12 +96,12 @@ class LlamaCppEngine:
         self._slots[slot] = _Slot(SamplerChain(settled, history, self._vocabulary.size))
 
     def run(self, plan: StepPlan) -> StepResult:
-        """See `Engine.run`. A step of more than ``n_batch`` tokens takes several native calls."""
+        """See `Engine.run`. A step takes one native call or several; see `calls_of`."""
         started = time.perf_counter()
         self._check(plan)
         sampled: dict[int, int] = {}
-        for rows in split_rows(plan.rows, self._layout.n_batch):
-            outputs = self._batch.fill(sorted(rows, key=lambda row: row.slot))
+        for rows in calls_of(plan.rows, self._layout):
+            outputs = self._batch.fill(rows)
             self._decode()
             for slot, index in outputs.items():
                 sampled[slot] = self._slots[slot].chain.sample(self._handle(), index)
