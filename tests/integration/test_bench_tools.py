@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import bench_client
 import bench_engine
 import bench_serving
+import bench_sides
 import msgspec
 import pytest
-from bench_engine import Case, measure_ours
-from bench_serving import Plan, Server, parse, run
+from bench_client import Plan, Server
+from bench_serving import parse, run
+from bench_sides import Case, measure_ours
 
 from skulk.bus.streams import StreamWriter
 from tests.support.fake_gateway import MODEL, FakeGateway, answer_chunks, envelope
@@ -101,9 +105,9 @@ async def test_a_long_prompt_beside_streams(tmp_path: Path) -> None:
             if writer.request.limits.max_tokens != 400:
                 await two_words(runner, writer)
                 return
-            for at in range(bench_serving.STEADY_TOKENS):
+            for at in range(bench_client.STEADY_TOKENS):
                 writer.send(0, "word ", (at,))
-            async with bench_serving.asyncio.timeout(20.0):
+            async with asyncio.timeout(20.0):
                 await runner.cancelled.wait()
 
         runner.script = scripted
@@ -118,7 +122,7 @@ async def test_a_long_prompt_beside_streams(tmp_path: Path) -> None:
 
 
 async def test_a_server_that_is_not_there_ends_the_run() -> None:
-    with pytest.raises(bench_serving.BenchError, match="names no model"):
+    with pytest.raises(bench_client.BenchError, match="names no model"):
         await run([Server(name="a", url="http://127.0.0.1:1")], SHORT)
 
 
@@ -153,15 +157,17 @@ def test_wrong_use_is_told(arguments: list[str], told: str, capsys: pytest.Captu
 def test_our_engine_is_measured_on_the_real_model() -> None:
     case = Case(model=bench_engine.embedded_model(), sequences=2, prompt=16, generated=4, threads=1, n_ubatch=64)
     measured = measure_ours(case)
-    assert measured.prefill > 0 and measured.decode > 0 and "llama.cpp" in measured.version
+    assert measured.speed > 0 and measured.depth >= 16 and "llama.cpp" in measured.version
+    assert measure_ours(msgspec.structs.replace(case, phase="prefill")).speed > 0
 
 
 def test_without_the_binary_only_ours_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(bench_engine, "PACKAGE", "no_such_package_of_programs")
+    monkeypatch.setattr(bench_sides, "PACKAGE", "no_such_package_of_programs")
     arguments = ["--sizes", "1", "--rounds", "1", "--prompt", "16", "--generated", "4", "--threads", "1"]
+    arguments += ["--phases", "decode", "--sampling", "top_k"]
     assert bench_engine.main(arguments) == 0
     assert "not measured: llama-batched-bench is not here" in capsys.readouterr().out
     assert bench_engine.main(["--binary", "nowhere/llama-batched-bench"]) == 1

@@ -159,7 +159,7 @@ class LlamaCppEngine:
         self._lib.llama_set_n_threads(self._handle(), count, count)
 
     def run(self, plan: StepPlan) -> StepResult:
-        """See `Engine.run`. A step is several native calls where one would be slower (`calls_of`)."""
+        """See `Engine.run`. A step takes one native call or several; see `calls_of`."""
         started = time.perf_counter()
         self._check(plan)
         sampled: dict[int, int] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Final
 
 import msgspec
@@ -81,19 +82,22 @@ def kv_type_of(name: str) -> int:
 
 
 def calls_of(rows: Sequence[StepRow], layout: Layout) -> tuple[tuple[StepRow, ...], ...]:
-    """The native calls of a step, in order; at most ``n_batch`` tokens each, and only a row's last part samples.
+    """The native calls that compute a step, each with its rows in the order of their slots.
 
-    In a unified cache all rows go together. Streams of unequal rows are cut to the shortest of them by llama.cpp, and a
-    chunk of 64 that loses its first row to the decode rows falls off the kernels' cliff (1.6 times as slow at a depth
-    of 1,024); so the decode rows are one call, by slot, and each chunk is one.
+    llama.cpp cuts a call of several streams so that all of its neighbouring slots get equally many rows at a time
+    (``llama_batch_allocr::split_equal``). Decode rows beside a chunk of 64 would take one row of it and leave 63, and
+    below 64 flash attention is half as fast. So only rows of one length share a call where each sequence has a
+    stream, and only as many as one pass takes; a unified cache attends to all rows of a call at once.
     """
     if layout.unified:
-        return split_rows(rows, layout.n_batch)
-    single = sorted((row for row in rows if len(row.tokens) == 1), key=lambda row: row.slot)
-    calls = list(split_rows(single, layout.n_batch))
-    for row in rows:
-        if len(row.tokens) > 1:
-            calls += split_rows((row,), layout.n_batch)
+        return split_rows(sorted(rows, key=lambda row: row.slot), layout.n_batch)
+    ordered = sorted(rows, key=lambda row: (len(row.tokens), row.slot))
+    calls: list[tuple[StepRow, ...]] = []
+    for length, group in groupby(ordered, key=lambda row: len(row.tokens)):
+        equal = tuple(group)
+        width = max(1, layout.n_ubatch // length)
+        for at in range(0, len(equal), width):
+            calls += split_rows(equal[at : at + width], layout.n_batch)
     return tuple(calls)
 
 

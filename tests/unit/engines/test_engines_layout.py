@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from skulk.batching.step import StepRow
 from skulk.engines.llama_cpp.failures import context_failure, load_failure
-from skulk.engines.llama_cpp.layout import CELL_STEP, KV_TYPES, kv_type_of, layout_of, split_rows
+from skulk.engines.llama_cpp.layout import CELL_STEP, KV_TYPES, Layout, calls_of, kv_type_of, layout_of, split_rows
 from skulk.engines.llama_cpp.threads import physical_cores
 from skulk.engines.protocol import LoadSpec
 from skulk.errors import StartError
@@ -91,6 +91,40 @@ def test_split_rows_computes_every_token_once_in_order(plan: tuple[StepRow, ...]
 def test_split_rows_leaves_what_fits() -> None:
     row = StepRow(slot=0, tokens=(1, 2), start=5, sample=True)
     assert split_rows((row,), 2) == ((row,),)
+
+
+def row(slot: int, count: int) -> StepRow:
+    return StepRow(slot=slot, tokens=(7,) * count, start=0, sample=True)
+
+
+def layout(*, unified: bool, n_batch: int = 2048, n_ubatch: int = 512) -> Layout:
+    return Layout(unified=unified, n_ctx=8192, window=1024, n_batch=n_batch, n_ubatch=n_ubatch)
+
+
+def test_a_chunk_keeps_its_rows_beside_others_that_decode() -> None:
+    plan = (row(3, 1), row(0, 1), row(1, 1), row(2, 64))
+    shapes = [[(r.slot, len(r.tokens)) for r in call] for call in calls_of(plan, layout(unified=False))]
+    assert shapes == [[(0, 1), (1, 1), (3, 1)], [(2, 64)]]
+    shapes = [[(r.slot, len(r.tokens)) for r in call] for call in calls_of(plan, layout(unified=True))]
+    assert shapes == [[(0, 1), (1, 1), (2, 64), (3, 1)]]
+
+
+@given(rows, st.integers(4, 50), st.integers(1, 50), st.booleans())
+def test_calls_compute_every_token_once_within_their_limits(
+    plan: tuple[StepRow, ...], n_batch: int, n_ubatch: int, unified: bool
+) -> None:
+    calls = calls_of(plan, layout(unified=unified, n_batch=n_batch, n_ubatch=min(n_ubatch, n_batch)))
+    for call in calls:
+        assert 0 < sum(len(part.tokens) for part in call) <= n_batch
+        assert [part.slot for part in call] == sorted({part.slot for part in call})
+        assert unified or len({len(part.tokens) for part in call}) == 1
+    for whole in plan:
+        parts = [part for call in calls for part in call if part.slot == whole.slot]
+        assert tuple(token for part in parts for token in part.tokens) == whole.tokens
+        assert [part.start for part in parts] == [
+            whole.start + sum(len(p.tokens) for p in parts[:n]) for n in range(len(parts))
+        ]
+        assert [part.sample for part in parts] == [False] * (len(parts) - 1) + [whole.sample]
 
 
 class TestThreads:

@@ -7,10 +7,13 @@ from typing import Any
 
 import bench_engine
 import bench_load
+import bench_sides
+import msgspec
 import pytest
-from bench_engine import BenchError, Case, Line, Mark, Measured, Outcome, decode_speed
+from bench_engine import Line, Outcome, Row, rows_of
 from bench_figures import number, pair_ratios, percentile, spread, table
 from bench_load import Sample, arrivals, error_of, figures, has_text, intrusion, jobs, usage_of
+from bench_sides import BenchError, Case, Decoded, Mark, Measured, decoded
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,27 +64,30 @@ def test_decode_counts_only_while_all_decode() -> None:
         Mark(4.0, ("a", "b"), ("a",)),  # up to here
         Mark(9.0, ("b",), ("b",)),
     ]
-    assert decode_speed(marks, ["a", "b"]) == 4 / 2.0
+    assert decoded(marks, ["a", "b"], 2) == Decoded(speed=4 / 2.0, drawn_before=1.5)
+    assert decoded(marks, ["a", "b"], 1) == Decoded(speed=2 / 1.0, drawn_before=1.5)
 
 
 @pytest.mark.parametrize(
     ("marks", "told"),
     [
         ([Mark(1.0, ("a",), ("a",))], "no token came of b"),
-        ([Mark(1.0, ("a",), ("a",)), Mark(2.0, ("b",), ("b",))], "generate more tokens"),
+        ([Mark(1.0, ("a",), ("a",)), Mark(2.0, ("b",)), Mark(3.0, ("b",))], "generate more tokens"),
+        ([Mark(1.0, ("a",)), Mark(2.0, ("b",)), Mark(3.0, ("a", "b"), ("a",)), Mark(4.0, ("b",))], "generate more"),
+        ([Mark(1.0, ("a", "b")), Mark(2.0, ("a", "b"))], "generate more tokens"),
     ],
 )
 def test_a_decode_figure_that_would_mean_nothing_is_refused(marks: list[Mark], told: str) -> None:
     with pytest.raises(BenchError, match=told):
-        decode_speed(marks, ["a", "b"])
+        decoded(marks, ["a", "b"], 1 if "no token" in told else 2)
 
 
 @pytest.mark.parametrize("sequences", [1, 4, 16])
 @pytest.mark.parametrize("layout", ["streams", "unified"])
 def test_both_sides_get_the_same_cells_in_the_same_layout(sequences: int, layout: Any) -> None:
     case = Case(model="m.gguf", sequences=sequences, prompt=128, generated=64, layout=layout, threads=2)
-    ours = layout_of(bench_engine.load_spec(case))
-    theirs = bench_engine.their_command("bench", case)
+    ours = layout_of(bench_sides.load_spec(case))
+    theirs = bench_sides.their_command("bench", case)
     assert theirs[theirs.index("-c") + 1] == str(ours.n_ctx) == str(case.cells)
     assert ("-kvu" in theirs) == (layout == "unified")
     assert ours.unified == (layout == "unified" or sequences == 1)
@@ -89,29 +95,71 @@ def test_both_sides_get_the_same_cells_in_the_same_layout(sequences: int, layout
     assert theirs[theirs.index("-npl") + 1] == str(sequences)
 
 
+def test_theirs_computes_the_phase_that_ours_does() -> None:
+    case = Case(model="m", phase="prefill", sequences=4, prompt=128, generated=64)
+    command = bench_sides.their_command("bench", case, depth=140)
+    assert (command[command.index("-npp") + 1], command[command.index("-ntg") + 1]) == ("128", "1")
+    command = bench_sides.their_command("bench", msgspec.structs.replace(case, phase="decode"), depth=140)
+    assert (command[command.index("-npp") + 1], command[command.index("-ntg") + 1]) == ("140", "64")
+
+
 def test_a_gpu_is_a_gpu_on_both_sides() -> None:
     case = Case(model="m", backend="llama_cpp-vulkan", sequences=1, prompt=8, generated=8)
-    command = bench_engine.their_command("bench", case)
+    command = bench_sides.their_command("bench", case)
     assert command[command.index("-ngl") + 1] == "999"
 
 
 def test_the_other_side_is_read_from_its_json() -> None:
     line = '{"n_kv_max": 512, "pp": 128, "tg": 64, "pl": 1, "speed_pp": 311.74, "speed_tg": 111.78}'
-    assert bench_engine.parse_theirs(f"\nnoise\n{line}\n") == Measured(prefill=311.74, decode=111.78)
+    assert bench_sides.parse_theirs(f"\nnoise\n{line}\n", "prefill") == Measured(speed=311.74, depth=128)
+    assert bench_sides.parse_theirs(f"\nnoise\n{line}\n", "decode") == Measured(speed=111.78, depth=128)
     for broken in ("", "{}", "{nonsense", f"{line}\n{line}"):
         with pytest.raises(BenchError):
-            bench_engine.parse_theirs(broken)
+            bench_sides.parse_theirs(broken, "decode")
 
 
 def test_the_engines_report_names_versions_layout_and_what_is_missing() -> None:
     case = Case(model="dir/m.gguf", sequences=1, prompt=128, generated=64, threads=2)
-    line = Line(sequences=4, phase="decode", ours=(97.0, 100.0, 99.0), theirs=(100.0, 100.0, 100.0), others=(0.0, 0.25))
+    row = Row(4, "decode", "top_k")
+    line = Line(row=row, ours=(97.0, 100.0, 99.0), theirs=(100.0, 100.0, 100.0), others=(0.0, 0.25))
     told = bench_engine.report(Outcome(case=case, lines=(line,), ours_version="v-ours", theirs_version="v-theirs"))
     assert "v-ours" in told and "v-theirs" in told and told.count("one stream a sequence") == 2
-    assert "| decode |         4 |          99.0 |                  100.0 | 0.990 |  0.97 to 1.00 |   25 % |" in told
-    alone = Line(sequences=4, phase="decode", ours=(97.0,))
+    cells = [[cell.strip() for cell in line.split("|")] for line in told.splitlines()]
+    assert ["", "decode", "top_k", "4", "99.0", "100.0", "0.990", "0.97 to 1.00", "met", "25 %", ""] in cells
+    alone = Line(row=row, ours=(97.0,))
     told = bench_engine.report(Outcome(case=case, lines=(alone,), ours_version="v-ours", theirs_version=""))
-    assert "not measured: llama-batched-bench is not here" in told
+    assert "not measured: llama-batched-bench is not here" in told and "missed" not in told
+    slow = Line(row=row, ours=(96.0,), theirs=(100.0,))
+    assert "missed" in bench_engine.report(Outcome(case=case, lines=(slow,), ours_version="", theirs_version="v"))
+
+
+def test_sampling_is_measured_only_where_it_happens() -> None:
+    rows = rows_of((1, 4), ("prefill", "decode"), ("greedy", "top_k"))
+    assert rows == (
+        *(Row(1, "prefill"), Row(4, "prefill")),
+        *(Row(1, "decode", "greedy"), Row(1, "decode", "top_k"), Row(4, "decode", "greedy"), Row(4, "decode", "top_k")),
+    )
+    assert rows_of((1,), ("prefill",), ("top_k",)) == (Row(1, "prefill"),)
+
+
+def test_pairs_turn_their_order_and_decode_at_our_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+
+    def ours(case: Case) -> Measured:
+        told.append("ours")
+        return Measured(speed=99.0, depth=130 + len(told), version="v")
+
+    def theirs(binary: str, case: Case, depth: int) -> Measured:
+        told.append(depth)
+        return Measured(speed=100.0)
+
+    monkeypatch.setattr(bench_engine, "ours_apart", ours)
+    monkeypatch.setattr(bench_engine, "measure_theirs", theirs)
+    monkeypatch.setattr(bench_engine, "their_version", lambda _: "v")
+    case = Case(model="m", sequences=1, prompt=128, generated=8)
+    outcome = bench_engine.run(case, [Row(16, "decode")], 4, "bench")
+    assert told == ["ours", 131, 131, "ours", "ours", 135, 135, "ours"]
+    assert outcome.lines[0].ours == (99.0,) * 4 and outcome.lines[0].theirs == (100.0,) * 4
 
 
 def test_what_others_use_is_what_is_not_ours() -> None:
