@@ -215,15 +215,21 @@ def _sized(request: PlacementRequest, node: NodeView, ranked: Ranked, n_parallel
     """Filter j., and the score of what passes it."""
     card, asked = request.card, request.context_length
     report = NodeReport(node_id=node.beat.node_id, name=node.beat.name, backend=ranked.backend, available_bytes=have)
-    fit = fit_context(card, room_bytes=have, asked=asked, n_parallel=n_parallel, backend=ranked.backend)
-    if fit is None or (asked is not None and fit.context_length < largest_context(card, asked)):
-        need = least_need(card, asked, n_parallel, ranked.backend)
+    widths = (n_parallel,) if request.n_parallel is not None else _narrower(n_parallel)
+    fit: Fit | None = None
+    for width in widths:
+        fit = fit_context(card, room_bytes=have, asked=asked, n_parallel=width, backend=ranked.backend)
+        if fit is not None and (asked is None or fit.context_length >= largest_context(card, asked)):
+            break
+    else:
+        need = least_need(card, asked, widths[-1], ranked.backend)
         return msgspec.structs.replace(
             report,
             filter="memory",
             detail=f"memory need {format_bytes(need.need_bytes)} have {format_bytes(have)}{_offer(fit)}",
             memory=need,
         )
+    assert fit is not None
     return msgspec.structs.replace(
         report,
         context_length=fit.context_length,
@@ -232,6 +238,11 @@ def _sized(request: PlacementRequest, node: NodeView, ranked: Ranked, n_parallel
         memory=fit.memory,
         score=_score(node, ranked.rank, fit, have),
     )
+
+
+def _narrower(n_parallel: int) -> tuple[int, ...]:
+    """From so many sequences side by side down to one, by halves: fewer where memory says so."""
+    return tuple(n_parallel >> halvings for halvings in range(n_parallel.bit_length()))
 
 
 def _offer(fit: Fit | None) -> str:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from skulk.cluster.view import ClusterView, NodeView
 from skulk.placement import assign, place, room
 from skulk.placement import decision as decision_module
-from skulk.units import GIB
+from skulk.units import GIB, MIB
 from skulk.wire.model import ModelCard
 from skulk.wire.placement import PlacementDecision, PlacementRequest
 from tests.support.machines import (
@@ -91,7 +91,7 @@ FILTERED = [
     ("backend_mismatch", with_beat(PLAIN, tags=("mlx", "mlx-metal")), request(), "needs llama_cpp-vulkan or"),
     ("backend_mismatch", with_beat(PLAIN, tags=()), request(), "offers nothing"),
     ("weights_missing", machine("d1", CPU_TAGS, 24, models=(SMALL,)), request(), "has no files of tiny"),
-    ("memory", machine("d1", CPU_TAGS, 0.25), request(), "memory need 325.0 MiB have 256.0 MiB"),
+    ("memory", machine("d1", CPU_TAGS, 0.25), request(), "memory need 322.2 MiB have 256.0 MiB"),
     (
         "memory",
         machine("d1", CPU_TAGS, 8),
@@ -215,6 +215,17 @@ def test_the_request_s_or_the_caller_s_parallelism_is_used() -> None:
     assert (report.n_parallel, report.kv_cells) == (3, 3 * 8192)
     report = place(cluster(PLAIN), request(), NOW, default_parallel=8).reports[0]
     assert (report.n_parallel, report.kv_cells) == (8, 8 * 8192)
+
+
+def test_fewer_run_side_by_side_where_memory_says_so() -> None:
+    card = msgspec.structs.replace(TINY, recurrent_bytes=64 * MIB)
+    view = cluster(machine("n1", CPU_TAGS, 1))
+    report = place(view, request(card), NOW).reports[0]
+    assert (report.filter, report.n_parallel) == (None, 8)
+    assert report.memory is not None
+    assert report.memory.need_bytes <= GIB
+    asked = place(view, request(card, n_parallel=16), NOW).reports[0]
+    assert asked.filter == "memory", "what was asked for is given or refused"
 
 
 def test_an_assignment_says_what_the_report_said() -> None:
