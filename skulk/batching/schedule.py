@@ -68,11 +68,11 @@ class _Draft:
         self.parked = {parked.id: parked for parked in state.parked}
         self.next_id = state.next_id
         self.operations: list[Operation] = []
-        self.started: list[Sequence] = []
+        self.moved: list[Sequence] = []
         self.source_in_use = 0
 
     def changed(self) -> Changed:
-        return Changed(self.snapshot(), tuple(progress(seq) for seq in self.started), tuple(self.operations))
+        return Changed(self.snapshot(), tuple(progress(seq) for seq in self.moved), tuple(self.operations))
 
     def snapshot(self) -> BatchState:
         return msgspec.structs.replace(
@@ -192,6 +192,7 @@ class _Draft:
             seq, slot=-1, computed=seq.computed if is_parked else 0, cells=NO_CELLS, marks=(), parked=aside
         )
         self.waiting = sorted([*self.waiting, waits], key=_order)
+        self.moved.append(waits)
 
     # 2. waiting
 
@@ -245,7 +246,7 @@ class _Draft:
             self.forget((parked,))
         self.running[slot] = after
         self.waiting = [one for one in self.waiting if one.order != seq.order]
-        self.started.append(after)
+        self.moved.append(after)
 
     def take(self, source: Source | None) -> tuple[int, Cells]:
         """Puts what ``source`` offers into a slot.

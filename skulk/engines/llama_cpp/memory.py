@@ -15,6 +15,9 @@ from __future__ import annotations
 import ctypes
 from typing import Any, Final, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from skulk.batching.admission import Reuse
 from skulk.engines.llama_cpp.native import library
 from skulk.errors import ServiceError
@@ -32,7 +35,7 @@ class Span(NamedTuple):
 class State(NamedTuple):
     """A sequence's cells in host memory, how many tokens they are, and the positions they were copied at."""
 
-    data: ctypes.Array[ctypes.c_char]
+    data: NDArray[np.uint8]
     length: int
     span: Span
 
@@ -148,7 +151,7 @@ class SequenceMemory:
 
     def _copied(self, slot: int) -> State:
         size = self.size(slot)
-        data = (ctypes.c_char * size)()
+        data = np.empty(size, dtype=np.uint8)
         written: int = self._lib.llama_state_seq_get_data(self._context, _bytes(data), size, slot)
         if written != size:
             raise _broken(f"of the {size} bytes of slot {slot} {written} could be copied")
@@ -176,8 +179,8 @@ class SequenceMemory:
 _EMPTY: Final = Span(-1, -1)
 
 
-def _bytes(data: ctypes.Array[ctypes.c_char]) -> Any:
-    return ctypes.cast(data, ctypes.POINTER(ctypes.c_uint8))
+def _bytes(data: NDArray[np.uint8]) -> Any:
+    return data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 def _broken(what: str) -> ServiceError:
