@@ -1,6 +1,8 @@
 """Runs the test suites one after another, each within its share of the time, and prints what each of them took.
 
-The shares add up to less than 15 minutes on two cores. A suite that runs past its share is stopped and has failed.
+The shares add up to less than 15 minutes on two cores, and two tests of a suite run at a time, each in a worker of its
+own (pytest-xdist). A suite that runs past its share is stopped and has failed; while coverage is measured it may take
+twice its share.
 """
 
 from __future__ import annotations
@@ -19,6 +21,11 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / "build" / "reports"
 SHARES_S = {"tidy": 30, "unit": 60, "contract": 60, "integration": 300, "simulation": 180, "fault": 240}
+COVERAGE_SLOWER = 2
+# The shares are for two cores. More workers would only make the tests that start whole nodes wait for each other.
+WORKERS = 2
+# Too short to gain by it: a worker takes a second to start, and each collects all the tests.
+ALONE = frozenset({"tidy"})
 STOP_GRACE_S = 10
 
 
@@ -37,7 +44,7 @@ def main(arguments: list[str]) -> int:
     """Run the chosen suites; gives 0 when something ran and nothing failed."""
     parser = argparse.ArgumentParser(prog="tools/run_suites.py", description=__doc__)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SHARES_S)} (default: all)")
-    parser.add_argument("--coverage", action="store_true", help="measure the coverage of branches (no time limits)")
+    parser.add_argument("--coverage", action="store_true", help="measure the coverage of branches, which takes longer")
     flags = parser.parse_args(arguments)
     unknown = sorted(set(flags.suites) - set(SHARES_S))
     if unknown:
@@ -56,13 +63,16 @@ def run_suite(suite: str, *, with_coverage: bool) -> Result:
     folder = ROOT / "tests" / suite
     if not any(folder.rglob("test_*.py")):
         return Result(suite, 0, 0, 0, 0.0, "has no tests yet")
-    print(f"\n== {suite} (at most {SHARES_S[suite]} s)", flush=True)
+    limit_s = SHARES_S[suite] * (COVERAGE_SLOWER if with_coverage else 1)
+    print(f"\n== {suite} (at most {limit_s} s)", flush=True)
     report = REPORTS / f"{suite}.xml"
     report.unlink(missing_ok=True)
     runner = ["-m", "coverage", "run", "-m", "pytest"] if with_coverage else ["-m", "pytest"]
-    command = [sys.executable, *runner, "-q", f"--junitxml={report}", str(folder)]
+    # A worker that has nothing left steals from the other, so that a file mostly stays with the fixtures it shares.
+    workers = [] if suite in ALONE else [f"--numprocesses={WORKERS}", "--dist=worksteal"]
+    command = [sys.executable, *runner, "-q", *workers, f"--junitxml={report}", str(folder)]
     started = time.monotonic()
-    status = run_limited(command, None if with_coverage else SHARES_S[suite])
+    status = run_limited(command, limit_s)
     elapsed_s = time.monotonic() - started
     passed, failed, skipped = counts(report)
     if status is None:
@@ -72,7 +82,7 @@ def run_suite(suite: str, *, with_coverage: bool) -> Result:
     return Result(suite, passed, failed, skipped, elapsed_s, "failed" if failed else "")
 
 
-def run_limited(command: list[str], limit_s: float | None) -> int | None:
+def run_limited(command: list[str], limit_s: float) -> int | None:
     """Run a command in a session of its own; gives its status, None when the limit ended it with all its group."""
     process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True)
     try:

@@ -82,7 +82,7 @@ async def leave_early_often(node: WholeNode) -> None:
             return response.status
 
     statuses = await asyncio.gather(*(leave_early(number) for number in range(80)))
-    # 4 run, 64 wait; the others are told so at once
+    # 2 run, 64 wait; the others are told so at once
     assert set(statuses) == {200, 429}
 
 

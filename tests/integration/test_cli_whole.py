@@ -13,9 +13,9 @@ from skulk.cli.state_view import SERVING
 from skulk.models.catalogue import EMBEDDED_MODEL
 from tests.support.child_processes import no_process_left
 from tests.support.command_line import caller, command, process_environ
+from tests.support.whole_node import FREE_PORTS, SMALL_ENGINE
 
 START_S = 180.0
-FREE_PORTS = ("--api-port", "0", "--nats-port", "0", "--route-port", "0")
 
 
 def test_a_node_and_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -25,7 +25,7 @@ def test_a_node_and_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[
     with no_process_left(), (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
             words,
-            env=process_environ(home, SKULK_LLAMA_CPP_PARALLEL="4"),
+            env=process_environ(home, **SMALL_ENGINE),
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,

@@ -24,8 +24,8 @@ def chat(text: str) -> ChatPrompt:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[LlamaCppEngine]:
-    """Settings as in production; three streams."""
-    made = load_small(context_length=512, n_parallel=3, kv_cells=3 * 512, n_ubatch=512)
+    """Settings as in production but for `n_ubatch`, which makes the warm-up long and holds each prompt here anyway."""
+    made = load_small(context_length=512, n_parallel=3, kv_cells=3 * 512)
     yield made
     made.close()
 

@@ -38,7 +38,7 @@ def greedy_text(tmp_path: Path) -> str:
     """What llama-cpp-python itself answers to the question."""
     catalogue = Catalogue(tmp_path, verified_file=tmp_path / "verified.json")
     catalogue.rescan()
-    llama = Llama(str(catalogue.path_of(MODEL)), n_ctx=2048, n_batch=512, flash_attn=True, verbose=False, n_threads=2)
+    llama = Llama(str(catalogue.path_of(MODEL)), n_ctx=2048, n_batch=512, flash_attn=True, verbose=False, n_threads=1)
     try:
         answer: Any = llama.create_chat_completion(
             messages=QUESTION,  # pyright: ignore[reportArgumentType]

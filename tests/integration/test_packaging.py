@@ -91,17 +91,37 @@ def uv(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(environment / "bin" / "uv")
 
 
-@pytest.fixture
-def clone(tmp_path: Path, uv: str) -> Clone:
+def copy_of_the_clone(folder: Path, uv: str) -> Clone:
     for name in CLONE:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copy2(source, tmp_path / name)
-    made = Clone(tmp_path, uv)
+            shutil.copy2(source, folder / name)
+    return Clone(folder, uv)
+
+
+@pytest.fixture
+def fresh_clone(tmp_path: Path, uv: str) -> Clone:
+    """As git gives it: the first sync resolves the dependencies."""
+    made = copy_of_the_clone(tmp_path, uv)
     made.run(uv, "venv", "--quiet", "--python", sys.executable, ".venv")
     return made
+
+
+@pytest.fixture(scope="module")
+def resolved(tmp_path_factory: pytest.TempPathFactory, uv: str) -> Path:
+    """The ``uv.lock`` that a sync of a fresh clone makes."""
+    made = copy_of_the_clone(tmp_path_factory.mktemp("resolved"), uv)
+    made.run(uv, "lock")
+    return made.root / "uv.lock"
+
+
+@pytest.fixture
+def clone(fresh_clone: Clone, resolved: Path) -> Clone:
+    """One whose dependencies were resolved before, so that a sync has less to do."""
+    shutil.copy2(resolved, fresh_clone.root)
+    return fresh_clone
 
 
 def stand_in(folder: Path, version: str, *, gpu: bool) -> Path:
@@ -148,7 +168,8 @@ def test_no_extra_brings_an_engine(clone: Clone) -> None:
     assert "llama-cpp-python" not in clone.run(clone.uv, "sync", "--inexact", "--all-extras", "--dry-run")
 
 
-def test_a_gpu_build_installed_after_a_sync_survives_the_next_one(clone: Clone) -> None:
+def test_a_gpu_build_installed_after_a_sync_survives_the_next_one(fresh_clone: Clone) -> None:
+    clone = fresh_clone
     clone.run(clone.uv, "sync")
     clone.install(stand_in(clone.root / "wheels", OTHER, gpu=True))
     clone.run(clone.uv, "sync")
@@ -197,7 +218,8 @@ def test_a_released_gpu_build_can_be_dropped(clone: Clone) -> None:
 # --- and the CPU build comes and goes as locked -----------------------------------------------------------------------
 
 
-def test_uv_sync_works_from_a_clone_and_prunes_a_cpu_build(clone: Clone) -> None:
+def test_uv_sync_works_from_a_clone_and_prunes_a_cpu_build(fresh_clone: Clone) -> None:
+    clone = fresh_clone
     clone.install(stand_in(clone.root / "wheels", OTHER, gpu=False))
     clone.run(clone.uv, "sync")
     assert clone.python("import skulk, nats, aiohttp, msgspec; print(skulk.__name__)") == "skulk"

@@ -56,7 +56,7 @@ def model_spec(server: NatsServer, path: Path | None = None, **changes: Any) -> 
         "n_parallel": 4,
         "kv_cells": 2048,
         "n_threads": 1,
-        "n_ubatch": 128,
+        "n_ubatch": 64,
     }
     return spec_of(str(path or embedded_model()), nats_url=server.url, **{**loads, **changes})
 

@@ -20,18 +20,26 @@ import psutil
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct-GGUF"
 MARK = "TEST_OF_HOME"
 START_S = 60.0
+READY_S = 60.0
 STOP_S = 30.0
 FREE_PORTS = ("--api-port", "0", "--nats-port", "0", "--route-port", "0")
+# Small steps and few cells: a warm-up of 512 tokens takes 5 s of a core, and cells are zeroed at the load. One thread:
+# two nodes with two threads each on two cores hold each other up.
+SMALL_ENGINE = {
+    "SKULK_LLAMA_CPP_PARALLEL": "2",
+    "SKULK_LLAMA_CPP_THREADS": "1",
+    "SKULK_LLAMA_CPP_UBATCH": "64",
+}
 
 
 def environment(home: Path) -> dict[str, str]:
-    """The environment of a user who set nothing but the home."""
+    """The environment of a user who set nothing but the home, and a small engine."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SKULK_")}
     return {
         **kept,
         MARK: str(home),
         "SKULK_HOME": str(home),
-        "SKULK_LLAMA_CPP_PARALLEL": "4",
+        **SMALL_ENGINE,
         "PYTHONUNBUFFERED": "1",
     }
 
@@ -123,7 +131,7 @@ class WholeNode:
         def is_ready(state: dict[str, Any]) -> bool:
             return any("RunnerReady" in runner or "RunnerRunning" in runner for runner in state["runners"].values())
 
-        state = await self.wait_state(is_ready)
+        state = await self.wait_state(is_ready, READY_S)
         return next(iter(state["instances"]))
 
     async def wait_output(self, text: str, timeout_s: float = 30.0) -> str:
