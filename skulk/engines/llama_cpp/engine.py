@@ -18,10 +18,11 @@ from typing import Any
 
 from skulk.batching.step import StepPlan, StepResult, StepRow
 from skulk.engines.llama_cpp.batch import Batch
+from skulk.engines.llama_cpp.chain import SamplerChain, Workbench
 from skulk.engines.llama_cpp.layout import Layout, split_rows
 from skulk.engines.llama_cpp.native import forget_errors, library, recent_errors
 from skulk.engines.llama_cpp.prompt import Prompter
-from skulk.engines.llama_cpp.sampling import SamplerChain, settle
+from skulk.engines.llama_cpp.sampling import settle
 from skulk.engines.llama_cpp.vocabulary import Vocabulary
 from skulk.engines.protocol import EngineInfo
 from skulk.errors import ServiceError
@@ -61,6 +62,7 @@ class LlamaCppEngine:
         self._vocabulary = vocabulary
         self._prompter = prompter
         self._defaults = defaults
+        self._workbench = Workbench(vocabulary)
         self._batch = Batch(layout.n_batch, info.n_parallel)
         self._slots: dict[int, _Slot] = {}
 
@@ -93,7 +95,7 @@ class LlamaCppEngine:
             window=self._info.n_ctx,
             choice=choice,
         )
-        self._slots[slot] = _Slot(SamplerChain(settled, history, self._vocabulary.size))
+        self._slots[slot] = _Slot(SamplerChain(settled, history, self._workbench))
 
     def run(self, plan: StepPlan) -> StepResult:
         """See `Engine.run`. A step of more than ``n_batch`` tokens takes several native calls."""
@@ -103,8 +105,9 @@ class LlamaCppEngine:
         for rows in split_rows(plan.rows, self._layout.n_batch):
             outputs = self._batch.fill(sorted(rows, key=lambda row: row.slot))
             self._decode()
+            ends = {row.slot: row.start + len(row.tokens) for row in rows}
             for slot, index in outputs.items():
-                sampled[slot] = self._slots[slot].chain.sample(self._handle(), index)
+                sampled[slot] = self._slots[slot].chain.sample(self._handle(), index, ends[slot])
         for row in plan.rows:
             self._slots[row.slot].position = row.start + len(row.tokens)
         return StepResult(sampled=sampled, elapsed_s=time.perf_counter() - started)
@@ -140,7 +143,7 @@ class LlamaCppEngine:
 
     def end(self, slot: int) -> None:
         """See `Engine.end`."""
-        self._slots.pop(slot).chain.free()
+        del self._slots[slot]
         was_removed = self._lib.llama_memory_seq_rm(self._memory, slot, _ALL, _ALL)
         assert was_removed, f"llama.cpp kept the cells of slot {slot}"
 
@@ -164,8 +167,6 @@ class LlamaCppEngine:
 
     def close(self) -> None:
         """See `Engine.close`; a second call does nothing."""
-        for slot in self._slots.values():
-            slot.chain.free()
         self._slots.clear()
         self._prompter.close()
         if self._context:
