@@ -122,7 +122,7 @@ class SamplerChain:
 
     def _drawn(self, row: Logits, position: int) -> int:
         settled = self._settled
-        candidates = Candidates(row, _checked(float(row.max())))
+        candidates = Candidates(row, _checked(float(row.max())), scratch=self._workbench.drawer.scratch)
         if self._mirostat is not None:
             temperature = np.float32(settled.temperature)
             warmed = Candidates(row / temperature, float(np.float32(candidates.peak) / temperature))

@@ -1,7 +1,7 @@
 """The draw itself: one token by its probability, decided by (seed, choice, position) and the candidates alone.
 
     uniforms(key, position, turn)   two numbers in [0, 1): a hash, no generator with a state
-    few candidates                  the first token, by id, at which the summed weights pass u * total
+    few candidates                  the first of them, from the best on, at which the summed weights pass u * total
     the whole row                   propose and accept: see `Drawer`
 
 So neither preemption, nor another runner, nor ``n``, nor the batch changes what is drawn.
@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from skulk.engines.llama_cpp.filters import Candidates
+from skulk.engines.llama_cpp.filters import Candidates, weights_of
 
 # Turns of `uniforms`: XTC's chance has its own; draws count from 0.
 TURN_XTC: Final = -1
@@ -53,23 +53,21 @@ def uniforms(key: int, position: int, turn: int = 0) -> tuple[float, float]:
 
 def pick(weights: NDArray[np.floating], u: float) -> int:
     """The index at which the running sum of ``weights`` passes ``u`` of the total; never one of weight 0."""
-    sums = np.cumsum(weights, dtype=np.float64)
+    sums = weights.cumsum(dtype=np.float64)
     return _passed(sums, u * float(sums[-1]))
 
 
-def weights_of(candidates: Candidates, temperature: float = 1.0) -> NDArray[np.float32]:
-    """``exp((logit - peak) / temperature)``: probabilities but for their sum."""
-    return np.exp((candidates.logits - np.float32(candidates.peak)) / np.float32(temperature))
-
-
 def _passed(sums: NDArray[np.float64], target: float) -> int:
-    index = int(np.searchsorted(sums, target, side="right"))
+    index = int(sums.searchsorted(target, side="right"))
     # Rounding may leave the target at the very end: then the last index that added something.
-    return index if index < sums.size else int(np.searchsorted(sums, sums[-1]))
+    return index if index < sums.size else int(sums.searchsorted(sums[-1]))
 
 
 class Drawer:
     """Draws from rows of one vocabulary size; owns the scratch for it, so one thread at a time.
+
+    Attributes:
+        scratch: (n_vocab,) float32, which each draw overwrites.
 
     The exponential of a whole row costs more than all the rest of a draw. So a token is proposed by weights that are
     0 to 6.15 % too great and cheap to compute, and accepted by what the true weight is of the proposed one: the tokens
@@ -80,21 +78,21 @@ class Drawer:
         padded = -(-vocabulary_size // _BLOCK) * _BLOCK
         self._size = vocabulary_size
         self._scaled = np.zeros(padded, dtype=np.float32)
+        self.scratch = self._scaled[:vocabulary_size]
         self._bits = np.zeros(padded, dtype=np.int32)
 
     def draw(self, candidates: Candidates, temperature: float, key: int, position: int) -> int:
         """The token id; ``temperature`` > 0."""
-        if candidates.logits.size < self._size:
-            index = pick(weights_of(candidates, temperature), uniforms(key, position)[0])
-        else:
-            index = self._draw_row(candidates, temperature, key, position)
-        return index if candidates.ids is None else int(candidates.ids[index])
+        if candidates.ids is None:
+            return self._draw_row(candidates, temperature, key, position)
+        return int(candidates.ids[pick(weights_of(candidates, temperature), uniforms(key, position)[0])])
 
     def _draw_row(self, candidates: Candidates, temperature: float, key: int, position: int) -> int:
         logits, peak = candidates.logits, candidates.peak
         if (float(logits.min()) - peak) / temperature < _DEEPEST:
-            return _Blocks(self._exact(candidates, temperature)).pick(uniforms(key, position)[0])
-        scaled = self._scaled[: self._size]
+            weights_of(candidates._replace(scratch=self.scratch), temperature)
+            return _Blocks(self._scaled).pick(uniforms(key, position)[0])
+        scaled = self.scratch
         np.subtract(logits, np.float32(peak), out=scaled)
         np.multiply(scaled, np.float32(_BITS_PER_NAT / temperature), out=scaled)
         np.add(scaled, np.float32(_BITS_OF_ONE), out=scaled)
@@ -109,13 +107,6 @@ class Drawer:
                 return index
         raise AssertionError(f"no token was accepted in {_MAX_TURNS} turns")
 
-    def _exact(self, candidates: Candidates, temperature: float) -> NDArray[np.float32]:
-        scaled = self._scaled[: self._size]
-        np.subtract(candidates.logits, np.float32(candidates.peak), out=scaled)
-        np.multiply(scaled, np.float32(1 / temperature), out=scaled)
-        np.exp(scaled, out=scaled)
-        return self._scaled
-
 
 class _Blocks:
     """Weights of a row, summed up block by block, so that each draw looks into one block only."""
@@ -123,12 +114,12 @@ class _Blocks:
     def __init__(self, weights: NDArray[np.float32]) -> None:
         self._weights = weights.reshape(-1, _BLOCK)
         # Not `sum`: along short rows that is slower, and a matrix product would wake BLAS's threads.
-        self._sums = np.cumsum(np.einsum("ij->i", self._weights), dtype=np.float64)
+        self._sums = np.einsum("ij->i", self._weights).cumsum(dtype=np.float64)
 
     def pick(self, u: float) -> int:
         """As `pick`, of all weights."""
         target = u * float(self._sums[-1])
         block = _passed(self._sums, target)
         before = float(self._sums[block - 1]) if block else 0.0
-        within = np.cumsum(self._weights[block], dtype=np.float64)
+        within = self._weights[block].cumsum(dtype=np.float64)
         return block * _BLOCK + _passed(within, min(target - before, float(within[-1])))

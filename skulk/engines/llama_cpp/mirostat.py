@@ -12,8 +12,8 @@ from typing import Final
 
 import numpy as np
 
-from skulk.engines.llama_cpp.draw import pick, weights_of
-from skulk.engines.llama_cpp.filters import Candidates, keep_top_k, leading
+from skulk.engines.llama_cpp.draw import pick
+from skulk.engines.llama_cpp.filters import Candidates, keep_top_k, leading, sorted_part, weights_of
 
 # How many of the best tokens version 1 fits its curve to; llama.cpp's own.
 _FITTED: Final = 100
@@ -49,7 +49,7 @@ class Mirostat:
         weights = weights_of(candidates)
         least = 2.0 ** min(max(-self.mu, -_MAX_EXPONENT), _MAX_EXPONENT) * float(weights.sum())
         indices = np.flatnonzero(weights >= least) if least < 1 else np.array([int(np.argmax(weights))])
-        return candidates.take(indices)
+        return sorted_part(candidates, indices)
 
     def _fitting(self, candidates: Candidates) -> Candidates:
         """Version 1: the k best, k from the exponent of Zipf's law that the best tokens follow."""
