@@ -70,7 +70,7 @@ class Sampling(Wire, frozen=True, kw_only=True):
         temperature: 0 is greedy.
         top_n_sigma: keeps what is within so many standard deviations of the best; 0 or less: off.
         xtc_probability: of leaving out, at a token, all but the last of those above ``xtc_threshold``.
-        mirostat: 1 or 2: that algorithm instead of all filters and penalties, aiming at ``mirostat_tau`` bits of surprise.
+        mirostat: 1 or 2: that algorithm in place of filters and penalties; ``mirostat_tau``: bits of surprise aimed at.
         repeat_last_n: how far the penalties look back; -1: the whole window.
         dry_multiplier: 0: DRY is off.
         dry_penalty_last_n: how far DRY looks back; -1: the whole window.

@@ -1,4 +1,4 @@
-"""Sampling on the real library: our filters against llama.cpp's own samplers, and what requests make of the real model."""
+"""Sampling on the real library: our filters against llama.cpp's own samplers, and answers of the real model."""
 
 from __future__ import annotations
 
@@ -164,9 +164,7 @@ class TestPenalties:
         native.close()
 
     @pytest.mark.parametrize("breakers", [("\n", ":", '"', "*"), ("the", "é", ". "), (" fox",)])
-    def test_dry_is_the_native_one(
-        self, engine: LlamaCppEngine, rows: list[Logits], breakers: tuple[str, ...]
-    ) -> None:
+    def test_dry_is_the_native_one(self, engine: LlamaCppEngine, rows: list[Logits], breakers: tuple[str, ...]) -> None:
         lib: Any = library()
         texts = [text.encode() for text in breakers]
         native = Native(
@@ -355,12 +353,14 @@ class TestAnswers:
     def test_each_changes_the_answer(
         self, engine: LlamaCppEngine, prompt: tuple[int, ...], changed: dict[str, Any]
     ) -> None:
-        plain = {"temperature": 0.8, "seed": 3}
+        plain: dict[str, Any] = {"temperature": 0.8, "seed": 3}
         text = (*prompt, *engine.tokens_of(TextPrompt(text=" one two three one two three one two")))
         assert generate(engine, text, 10, Sampling(**plain, **changed)) != generate(engine, text, 10, Sampling(**plain))
 
     def test_dry_breaks_a_loop(self, engine: LlamaCppEngine) -> None:
-        loop = engine.tokens_of(TextPrompt(text="red green blue red green blue red green blue red green blue red green"))
+        loop = engine.tokens_of(
+            TextPrompt(text="red green blue red green blue red green blue red green blue red green")
+        )
         [blue] = generate(engine, loop, 1)
         assert engine.piece(blue) == b" blue"
         assert generate(engine, loop, 1, Sampling(temperature=0.0, dry_multiplier=5.0)) != [blue]
@@ -407,7 +407,7 @@ class TestAnswers:
             {"repeat_penalty": 0.01, "presence_penalty": -100.0, "frequency_penalty": -100.0},
             {"logit_bias": {5: 1e9, 6: -1e9}},
         ],
-        ids=lambda extreme: "-".join(extreme),
+        ids="-".join,
     )
     def test_the_ends_of_the_ranges_work(
         self, engine: LlamaCppEngine, prompt: tuple[int, ...], extreme: dict[str, Any]

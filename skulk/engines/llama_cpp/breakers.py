@@ -1,7 +1,7 @@
 """Which tokens end a repetition, for DRY: texts of sequence breakers, found in the pieces of a vocabulary.
 
-A breaker may lie inside one token, or begin at the end of one and go on in the next; llama.cpp tokenises every vocabulary
-entry anew to find that out (7 to 370 ms a breaker, while everybody waits), here pieces are searched as one text.
+A breaker may lie inside one token, or begin at the end of one and go on in the next. llama.cpp goes through the whole
+vocabulary to find that out (7 to 370 ms a breaker, while everybody waits); here the pieces are searched as one text.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
     temperature 0:  logit_bias > penalties > DRY > greedy: the first of the greatest logits
     mirostat:       logit_bias > temperature > mirostat
-    else:           logit_bias > penalties > DRY > top_n_sigma > top_k > typical_p > top_p > min_p > XTC > temperature > draw
+    else:           logit_bias > penalties > DRY > top_n_sigma > top_k > typical_p > top_p > min_p > XTC > temperature
+                    > draw
 
-The row is read where llama.cpp left it; it is copied only where something edits single logits. Nothing native is made for
-a request: see `filters` and `breakers` for what that would cost. A chain knows no slot: it can be set aside and go on in
-another one. What it remembers comes from the tokens it was begun with and those it drew, but for mirostat's mu.
+The row is read where llama.cpp left it; it is copied only where something edits single logits. Nothing native is made
+for a request: see `filters` and `breakers` for what that would cost. A chain knows no slot: it can be set aside and go
+on in another one. What it remembers comes from the tokens it was begun with and those it drew, but for mirostat's mu.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Workbench:
         self.suppressed: tuple[tuple[int, float], ...] = tuple((token, -np.inf) for token in vocabulary.suppressed)
 
     def row(self, context: int, index: int) -> Logits:
-        """The logits of batch row ``index`` in the last call: llama.cpp's own memory, (n_vocab,) float32, until the next."""
+        """The logits of batch row ``index``, (n_vocab,) float32: llama.cpp's own memory, until the next call."""
         pointer = self._lib.llama_get_logits_ith(context, index)
         assert pointer, f"row {index} has no logits"
         address = ctypes.addressof(pointer.contents)
@@ -186,7 +187,7 @@ def _checked(peak: float) -> float:
     if not np.isfinite(peak):
         raise ServiceError(
             "runner_failed",
-            f"the model's scores of the next token are no numbers (the greatest is {peak}): its weights are damaged, or this "
-            "backend computes them wrongly. Verify the file, or place the model on another backend.",
+            f"the model's scores of the next token are no numbers (the greatest is {peak}): its weights are damaged, "
+            "or this backend computes them wrongly. Verify the file, or place the model on another backend.",
         )
     return peak

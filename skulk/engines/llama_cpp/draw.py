@@ -34,8 +34,6 @@ _BITS_PER_NAT: Final = 2**23 / math.log(2)
 _BITS_OF_ONE: Final = 127 << 23
 # Integers of that size are multiples of 64 in float32: what rounding may take from 2**y at the most.
 _ROUNDING: Final = 1.0 + 2.0**-15
-# exp(-80) is a normal float32 yet; what lies lower has weight 0 or needs the exact exponential.
-_DEEPEST: Final = -80.0
 
 
 def uniforms(key: int, position: int, turn: int = 0) -> tuple[float, float]:
@@ -75,11 +73,11 @@ class Drawer:
     """
 
     def __init__(self, vocabulary_size: int) -> None:
-        padded = -(-vocabulary_size // _BLOCK) * _BLOCK
         self._size = vocabulary_size
-        self._scaled = np.zeros(padded, dtype=np.float32)
-        self.scratch = self._scaled[:vocabulary_size]
-        self._bits = np.zeros(padded, dtype=np.int32)
+        self.scratch = np.zeros(vocabulary_size, dtype=np.float32)
+        # An array: numpy takes three times as long for a maximum with a single number.
+        self._zeros = np.zeros(vocabulary_size, dtype=np.float32)
+        self._bits = np.zeros(-(-vocabulary_size // _BLOCK) * _BLOCK, dtype=np.int32)
 
     def draw(self, candidates: Candidates, temperature: float, key: int, position: int) -> int:
         """The token id; ``temperature`` > 0."""
@@ -88,14 +86,12 @@ class Drawer:
         return int(candidates.ids[pick(weights_of(candidates, temperature), uniforms(key, position)[0])])
 
     def _draw_row(self, candidates: Candidates, temperature: float, key: int, position: int) -> int:
-        logits, peak = candidates.logits, candidates.peak
-        if (float(logits.min()) - peak) / temperature < _DEEPEST:
-            weights_of(candidates._replace(scratch=self.scratch), temperature)
-            return _Blocks(self._scaled).pick(uniforms(key, position)[0])
-        scaled = self.scratch
+        logits, peak, scaled = candidates.logits, candidates.peak, self.scratch
         np.subtract(logits, np.float32(peak), out=scaled)
         np.multiply(scaled, np.float32(_BITS_PER_NAT / temperature), out=scaled)
         np.add(scaled, np.float32(_BITS_OF_ONE), out=scaled)
+        # Weights below 1e-38, banned tokens among them, are 0, as a float32 would have it.
+        np.maximum(scaled, self._zeros, out=scaled)
         np.copyto(self._bits[: self._size], scaled, casting="unsafe")
         weights = self._bits.view(np.float32)
         blocks = _Blocks(weights)

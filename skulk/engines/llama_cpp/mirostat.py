@@ -1,8 +1,8 @@
 """Mirostat 1 and 2 (https://arxiv.org/abs/2007.14966): keeps the surprise of the text near a target, as llama.cpp does.
 
-``mu``, the surprise allowed at the next token, is all the state there is. It starts at twice the target and moves with every
-token drawn, so a sequence that is set aside keeps it. A resumption elsewhere starts anew: mu hangs on the probabilities of
-tokens that are not computed again, and finds back within some ten tokens.
+``mu``, the surprise allowed at the next token, is all the state there is. It starts at twice the target and moves with
+every token drawn, so a sequence that is set aside keeps it. A resumption on another runner starts anew: mu hangs on the
+probabilities of tokens that aren't computed again. Draws then differ until it has found back, within some ten tokens.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Mirostat:
         exponent = float(ranks @ -np.diff(best)) / float(ranks @ ranks) if best.size > 1 else math.inf
         epsilon = exponent - 1
         with np.errstate(all="ignore"):
-            count = np.float64(
-                epsilon * np.exp2(np.float64(self.mu)) / (1 - np.power(np.float64(size), -epsilon))
-            ) ** (1 / np.float64(exponent))
+            count = np.float64(epsilon * np.exp2(np.float64(self.mu)) / (1 - np.power(np.float64(size), -epsilon))) ** (
+                1 / np.float64(exponent)
+            )
         # Not a number: the fit says nothing, and llama.cpp then takes the best token too.
         return 1 if np.isnan(count) else int(min(max(count, 1.0), size))

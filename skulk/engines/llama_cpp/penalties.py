@@ -1,7 +1,7 @@
 """What lowers or raises single logits before anything is left out: biases, and penalties for what was said already.
 
-Each edits a row in place, in the order of llama.cpp's common sampler: `Biases`, `Penalties`, `Dry`. They look back on the
-tokens that they were told of (``accept``), so one that is told prompt and answer again is as it was.
+Each edits a row in place, in the order of llama.cpp's common sampler: `Biases`, `Penalties`, `Dry`. They look back on
+the tokens that they were told of (``accept``), so one that is told prompt and answer again is as it was.
 """
 
 from __future__ import annotations
@@ -99,8 +99,10 @@ class Penalties:
 
 
 class Dry:
-    """DRY (https://github.com/oobabooga/text-generation-webui/pull/5677): a token that would make a repetition longer pays
-    ``multiplier * base ** (its length so far - allowed)``, once the repetition has ``allowed`` tokens.
+    """DRY (https://github.com/oobabooga/text-generation-webui/pull/5677): don't repeat yourself.
+
+    A token that would make a repetition longer pays ``multiplier * base ** (its length so far - allowed)``, once the
+    repetition has ``allowed`` tokens.
 
     For each earlier token the length of the common end, up to it and up to the last token, is kept and brought forward
     by one step at each token: O(``look_back``), where llama.cpp computes all of them anew.

@@ -1,6 +1,6 @@
 """How the next token is drawn, settled: what was asked, filled up with defaults, and checked.
 
-    asked > the model's own (`general.sampling.*` of the GGUF) > OpenAI's (temperature 1, everything else off)
+asked > the model's own (`general.sampling.*` of the GGUF) > OpenAI's (temperature 1, everything else off)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LEAST_TEMPERATURE: Final = 1e-6
 # Above it XTC never has two tokens to choose between.
 _MOST_XTC_THRESHOLD: Final = 0.5
 
-# GGUF key -> field of Sampling: all that llama.cpp defines but for the order of samplers, which is always llama.cpp's own.
+# GGUF key -> field of Sampling: all that llama.cpp defines but for the order of samplers, which is always its own.
 METADATA_KEYS: Final[dict[str, str]] = {
     "general.sampling.temp": "temperature",
     "general.sampling.top_k": "top_k",

@@ -49,7 +49,8 @@ def kept(candidates: Candidates) -> list[int]:
     assert candidates.peak == max(logits) > -math.inf
     ids = list(range(len(logits))) if candidates.ids is None else candidates.ids.tolist()
     if candidates.ids is not None:
-        assert list(zip(logits, ids, strict=True)) == sorted(zip(logits, ids, strict=True), key=lambda pair: (-pair[0], pair[1]))
+        pairs = [(-logit, token) for logit, token in zip(logits, ids, strict=True)]
+        assert pairs == sorted(pairs), "from the best to the worst, of equals the lower id first"
     return sorted(token for token, logit in zip(ids, logits, strict=True) if logit > -math.inf)
 
 
@@ -232,7 +233,6 @@ def chi_square(counts: Counter[int], expected: list[float]) -> tuple[float, int]
 class TestDrawer:
     @pytest.mark.parametrize(("temperature", "banned"), [(0.2, False), (1.0, False), (3.0, False), (1.0, True)])
     def test_tokens_come_with_their_probabilities(self, temperature: float, banned: bool) -> None:
-        """Both ways over a whole row: proposals where no token is far below the best, exact weights where one is."""
         logits = np.random.default_rng(5).normal(0, 2, 700).astype(np.float32)
         if banned:
             logits[::7] = -np.inf

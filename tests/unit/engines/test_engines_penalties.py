@@ -99,9 +99,7 @@ def repetitions(tokens: Sequence[int], breakers: dict[int, set[tuple[int, ...]]]
 def test_dry_charges_what_makes_a_repetition_longer(
     history: list[int], answer: list[int], look_back: int, allowed: int, tails: dict[int, set[tuple[int, ...]]]
 ) -> None:
-    dry = Dry(
-        history, look_back=look_back, multiplier=0.5, base=1.25, allowed=allowed, breakers=breakers_of(tails)
-    )
+    dry = Dry(history, look_back=look_back, multiplier=0.5, base=1.25, allowed=allowed, breakers=breakers_of(tails))
     for token in answer:
         dry.accept(token)
     expected = ROW.astype(np.float64)
