@@ -318,6 +318,19 @@ class TestChains:
         assert chain_of(engine, GREEDY, ()).sample_row(row, 2) == 9
 
 
+PLAIN: dict[str, Any] = {"temperature": 0.8, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def looping(engine: LlamaCppEngine) -> tuple[int, ...]:
+    return engine.tokens_of(TextPrompt(text="Count: one two three one two three one two"))
+
+
+@pytest.fixture(scope="module")
+def plain(engine: LlamaCppEngine, looping: tuple[int, ...]) -> list[int]:
+    return generate(engine, looping, 10, Sampling(**PLAIN))
+
+
 class TestAnswers:
     def test_a_seed_gives_the_same_alone_and_beside_others(
         self, engine: LlamaCppEngine, prompt: tuple[int, ...]
@@ -351,11 +364,9 @@ class TestAnswers:
         ids=lambda changed: next(iter(changed)) + str(next(iter(changed.values()))),
     )
     def test_each_changes_the_answer(
-        self, engine: LlamaCppEngine, prompt: tuple[int, ...], changed: dict[str, Any]
+        self, engine: LlamaCppEngine, looping: tuple[int, ...], plain: list[int], changed: dict[str, Any]
     ) -> None:
-        plain: dict[str, Any] = {"temperature": 0.8, "seed": 3}
-        text = (*prompt, *engine.tokens_of(TextPrompt(text=" one two three one two three one two")))
-        assert generate(engine, text, 10, Sampling(**plain, **changed)) != generate(engine, text, 10, Sampling(**plain))
+        assert generate(engine, looping, 10, Sampling(**PLAIN, **changed)) != plain
 
     def test_dry_breaks_a_loop(self, engine: LlamaCppEngine) -> None:
         loop = engine.tokens_of(
@@ -410,7 +421,7 @@ class TestAnswers:
         ids="-".join,
     )
     def test_the_ends_of_the_ranges_work(
-        self, engine: LlamaCppEngine, prompt: tuple[int, ...], extreme: dict[str, Any]
+        self, engine: LlamaCppEngine, looping: tuple[int, ...], extreme: dict[str, Any]
     ) -> None:
-        tokens = generate(engine, prompt, 4, Sampling(seed=1, **extreme))
+        tokens = generate(engine, looping, 3, Sampling(seed=1, **extreme))
         assert tokens and all(0 <= token < engine.info.vocabulary_size for token in tokens)

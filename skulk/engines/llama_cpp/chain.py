@@ -58,7 +58,7 @@ class Workbench:
         if view is None:
             if len(self._views) >= _MAX_VIEWS:
                 self._views.clear()
-            memory = (ctypes.c_float * self._vocabulary.size).from_address(address)
+            memory: Any = (ctypes.c_float * self._vocabulary.size).from_address(address)
             view = np.frombuffer(memory, dtype=np.float32)
             view.flags.writeable = False
             self._views[address] = view

@@ -51,7 +51,7 @@ def uniforms(key: int, position: int, turn: int = 0) -> tuple[float, float]:
 
 def pick(weights: NDArray[np.floating], u: float) -> int:
     """The index at which the running sum of ``weights`` passes ``u`` of the total; never one of weight 0."""
-    sums = weights.cumsum(dtype=np.float64)
+    sums = np.cumsum(weights, dtype=np.float64)
     return _passed(sums, u * float(sums[-1]))
 
 

@@ -90,7 +90,7 @@ def keep_top_k(candidates: Candidates, k: int) -> Candidates:
 def keep_top_p(candidates: Candidates, p: float) -> Candidates:
     """The fewest of the best whose probabilities sum up to ``p`` at least; at least one."""
     if candidates.ids is not None:
-        sums = weights_of(candidates).cumsum(dtype=np.float64)
+        sums = np.cumsum(weights_of(candidates), dtype=np.float64)
         return _head(candidates, int(sums.searchsorted(p * sums[-1])) + 1)
     weights = weights_of(candidates)
     wanted = p * float(weights.sum())
@@ -99,7 +99,7 @@ def keep_top_p(candidates: Candidates, p: float) -> Candidates:
         indices = leading(candidates.logits, count)
         if indices.size == weights.size or float(weights[indices].sum()) >= wanted:
             best = sorted_part(candidates, indices)
-            sums = weights[best.ids].cumsum(dtype=np.float64)
+            sums = np.cumsum(weights[best.ids], dtype=np.float64)
             return _head(best, min(int(sums.searchsorted(wanted)) + 1, sums.size))
         count = indices.size * _WIDEN
 
