@@ -127,7 +127,7 @@ class SamplerChain:
         if self._mirostat is not None:
             temperature = np.float32(settled.temperature)
             warmed = Candidates(row / temperature, float(np.float32(candidates.peak) / temperature))
-            return self._mirostat.draw(warmed, uniforms(settled.key, position)[0])
+            return self._mirostat.draw(warmed, uniforms(settled.key, position).first)
         if settled.top_n_sigma > 0:
             candidates = filters.keep_top_n_sigma(candidates, settled.top_n_sigma)
         if settled.top_k > 0:
@@ -138,7 +138,7 @@ class SamplerChain:
             candidates = filters.keep_top_p(candidates, settled.top_p)
         if settled.min_p > 0:
             candidates = filters.keep_min_p(candidates, settled.min_p)
-        if settled.has_xtc and uniforms(settled.key, position, TURN_XTC)[0] <= settled.xtc_probability:
+        if settled.has_xtc and uniforms(settled.key, position, TURN_XTC).first <= settled.xtc_probability:
             candidates = filters.cut_xtc(candidates, settled.xtc_threshold)
         return self._workbench.drawer.draw(candidates, settled.temperature, settled.key, position)
 

@@ -1,8 +1,8 @@
 """The draw itself: one token by its probability, decided by (seed, choice, position) and the candidates alone.
 
-    uniforms(key, position, turn)   two numbers in [0, 1): a hash, no generator with a state
+    uniforms(key, position, turn)   numbers in [0, 1): a hash, no generator with a state
     few candidates                  the first of them, from the best on, at which the summed weights pass u * total
-    the whole row                   propose and accept: see `Drawer`
+    the whole row                   head and tail of it: see `Drawer`
 
 So neither preemption, nor another runner, nor ``n``, nor the batch changes what is drawn.
 """
@@ -12,110 +12,121 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from skulk.engines.llama_cpp.filters import Candidates, weights_of
+from skulk.engines.llama_cpp.filters import Candidates, Ids, running_sums, weights_of
 
 # Turns of `uniforms`: XTC's chance has its own; draws count from 0.
 TURN_XTC: Final = -1
-_MAX_TURNS: Final = 64
+_MAX_TURNS: Final = 512
 _UNIT: Final = 2.0**-53
-_TWO_NUMBERS: Final = struct.Struct("<QQ")
+_NUMBERS: Final = struct.Struct("<QQQ")
 _DRAW: Final = struct.Struct("<QQq")
 
 # Rows are summed up in blocks of so many.
 _BLOCK: Final = 256
-# A float32 whose bits, as an integer, are 2**23 * (127 + y) lies between 2**y and 1.0615 * 2**y, for it goes along the
-# chords of 2**y: that is an exponential by one multiplication and one addition (Schraudolph, 1999).
-_BITS_PER_NAT: Final = 2**23 / math.log(2)
-_BITS_OF_ONE: Final = 127 << 23
-# Integers of that size are multiples of 64 in float32: what rounding may take from 2**y at the most.
-_ROUNDING: Final = 1.0 + 2.0**-15
+# A head of more than this share of a row isn't worth being taken out of it.
+_DENSE_SHARE: Final = 0.25
+# What the tail is assumed to weigh, in weights of the peak: more makes the head shorter and more turns vain.
+_TAIL_WEIGHT: Final = 4.0
 
 
-def uniforms(key: int, position: int, turn: int = 0) -> tuple[float, float]:
-    """Two independent numbers in [0, 1) of 53 bits.
+class Uniforms(NamedTuple):
+    """Independent numbers in [0, 1), of 53 bits each."""
+
+    first: float
+    second: float
+    third: float
+
+
+def uniforms(key: int, position: int, turn: int = 0) -> Uniforms:
+    """Three independent numbers.
 
     Args:
         key: 64 bits, of seed and choice.
         position: index of the drawn token in its sequence, prompt included.
-        turn: which pair.
+        turn: which three.
     """
-    digest = hashlib.blake2b(_DRAW.pack(key, position, turn), digest_size=16).digest()
-    first, second = _TWO_NUMBERS.unpack(digest)
-    return (first >> 11) * _UNIT, (second >> 11) * _UNIT
+    digest = hashlib.blake2b(_DRAW.pack(key, position, turn), digest_size=24).digest()
+    first, second, third = _NUMBERS.unpack(digest)
+    return Uniforms((first >> 11) * _UNIT, (second >> 11) * _UNIT, (third >> 11) * _UNIT)
 
 
-def pick(weights: NDArray[np.floating], u: float) -> int:
+def pick(weights: NDArray[np.float32], u: float) -> int:
     """The index at which the running sum of ``weights`` passes ``u`` of the total; never one of weight 0."""
-    sums = np.cumsum(weights, dtype=np.float64)
+    sums = running_sums(weights)
     return _passed(sums, u * float(sums[-1]))
 
 
 def _passed(sums: NDArray[np.float64], target: float) -> int:
     index = int(sums.searchsorted(target, side="right"))
     # Rounding may leave the target at the very end: then the last index that added something.
-    return index if index < sums.size else int(sums.searchsorted(sums[-1]))
+    return index if index < sums.size else int(np.searchsorted(sums, sums[-1]))
 
 
 class Drawer:
     """Draws from rows of one vocabulary size; owns the scratch for it, so one thread at a time.
 
+    The exponential of a whole row costs more than all the rest of a draw, and most of it is of tokens that together
+    weigh next to nothing. So the row is parted some way below its peak:
+
+        head   what lies above, seldom more than a thousand tokens, with its true weights
+        tail   the others; each weighs less than ``4 / n_vocab``, all of them less than four times as much as the peak
+
+    A turn draws from the head and a tail that is taken for as heavy as that. Where the tail comes out, one token of the
+    vocabulary is looked at: it is taken with the share that its true weight has of the assumed one, else the next turn
+    begins. What comes out has exactly the true probabilities (rejection sampling), after a few turns: fewer the flatter
+    the row, and never more than five on average.
+
     Attributes:
         scratch: (n_vocab,) float32, which each draw overwrites.
-
-    The exponential of a whole row costs more than all the rest of a draw. So a token is proposed by weights that are
-    0 to 6.15 % too great and cheap to compute, and accepted by what the true weight is of the proposed one: the tokens
-    that come out have exactly the true probabilities (rejection sampling), after 1.04 turns on average.
     """
 
     def __init__(self, vocabulary_size: int) -> None:
         self._size = vocabulary_size
-        self.scratch = np.zeros(vocabulary_size, dtype=np.float32)
-        # An array: numpy takes three times as long for a maximum with a single number.
-        self._zeros = np.zeros(vocabulary_size, dtype=np.float32)
-        self._bits = np.zeros(-(-vocabulary_size // _BLOCK) * _BLOCK, dtype=np.int32)
+        self._padded = np.zeros(-(-vocabulary_size // _BLOCK) * _BLOCK, dtype=np.float32)
+        self.scratch = self._padded[:vocabulary_size]
 
     def draw(self, candidates: Candidates, temperature: float, key: int, position: int) -> int:
         """The token id; ``temperature`` > 0."""
-        if candidates.ids is None:
-            return self._draw_row(candidates, temperature, key, position)
-        return int(candidates.ids[pick(weights_of(candidates, temperature), uniforms(key, position)[0])])
+        if candidates.ids is not None:
+            return int(candidates.ids[pick(weights_of(candidates, temperature), uniforms(key, position).first)])
+        bound = np.float32(candidates.peak - math.log(max(self._size / _TAIL_WEIGHT, 1)) * temperature)
+        is_head = candidates.logits >= bound
+        if np.count_nonzero(is_head) > _DENSE_SHARE * self._size:
+            weights_of(candidates._replace(scratch=self.scratch), temperature)
+            return _pick_in_blocks(self._padded, uniforms(key, position).first)
+        return self._draw_parted(candidates, temperature, is_head.nonzero()[0], float(bound), key, position)
 
-    def _draw_row(self, candidates: Candidates, temperature: float, key: int, position: int) -> int:
-        logits, peak, scaled = candidates.logits, candidates.peak, self.scratch
-        np.subtract(logits, np.float32(peak), out=scaled)
-        np.multiply(scaled, np.float32(_BITS_PER_NAT / temperature), out=scaled)
-        np.add(scaled, np.float32(_BITS_OF_ONE), out=scaled)
-        # Weights below 1e-38, banned tokens among them, are 0, as a float32 would have it.
-        np.maximum(scaled, self._zeros, out=scaled)
-        np.copyto(self._bits[: self._size], scaled, casting="unsafe")
-        weights = self._bits.view(np.float32)
-        blocks = _Blocks(weights)
+    def _draw_parted(
+        self, row: Candidates, temperature: float, head: Ids, bound: float, key: int, position: int
+    ) -> int:
+        head_logits = row.logits[head]
+        sums = running_sums(weights_of(Candidates(head_logits, row.peak, head), temperature))
+        head_mass = float(sums[-1])
+        tail_weight = math.exp((bound - row.peak) / temperature)
         for turn in range(_MAX_TURNS):
-            u, v = uniforms(key, position, turn)
-            index = blocks.pick(u)
-            true_weight = math.exp((float(logits[index]) - peak) / temperature)
-            if v * float(weights[index]) * _ROUNDING < true_weight:
-                return index
+            chances = uniforms(key, position, turn)
+            target = chances.first * (head_mass + tail_weight * self._size)
+            if target < head_mass:
+                return int(head[_passed(sums, target)])
+            token = int(chances.second * self._size)
+            logit = float(row.logits[token])
+            if logit < bound and chances.third * tail_weight < math.exp((logit - row.peak) / temperature):
+                return token
         raise AssertionError(f"no token was accepted in {_MAX_TURNS} turns")
 
 
-class _Blocks:
-    """Weights of a row, summed up block by block, so that each draw looks into one block only."""
-
-    def __init__(self, weights: NDArray[np.float32]) -> None:
-        self._weights = weights.reshape(-1, _BLOCK)
-        # Not `sum`: along short rows that is slower, and a matrix product would wake BLAS's threads.
-        self._sums = np.einsum("ij->i", self._weights).cumsum(dtype=np.float64)
-
-    def pick(self, u: float) -> int:
-        """As `pick`, of all weights."""
-        target = u * float(self._sums[-1])
-        block = _passed(self._sums, target)
-        before = float(self._sums[block - 1]) if block else 0.0
-        within = self._weights[block].cumsum(dtype=np.float64)
-        return block * _BLOCK + _passed(within, min(target - before, float(within[-1])))
+def _pick_in_blocks(weights: NDArray[np.float32], u: float) -> int:
+    """As `pick`, of a row of whole blocks: it is summed up block by block, and only one block is looked into."""
+    blocks = weights.reshape(-1, _BLOCK)
+    # Not `sum`: along short rows that is slower, and a matrix product would wake BLAS's threads.
+    sums = running_sums(np.einsum("ij->i", blocks))
+    target = u * float(sums[-1])
+    block = _passed(sums, target)
+    within = running_sums(blocks[block])
+    before = float(sums[block - 1]) if block else 0.0
+    return block * _BLOCK + _passed(within, min(target - before, float(within[-1])))

@@ -90,8 +90,8 @@ def keep_top_k(candidates: Candidates, k: int) -> Candidates:
 def keep_top_p(candidates: Candidates, p: float) -> Candidates:
     """The fewest of the best whose probabilities sum up to ``p`` at least; at least one."""
     if candidates.ids is not None:
-        sums = np.cumsum(weights_of(candidates), dtype=np.float64)
-        return _head(candidates, int(sums.searchsorted(p * sums[-1])) + 1)
+        sums = running_sums(weights_of(candidates))
+        return _head(candidates, int(np.searchsorted(sums, p * sums[-1])) + 1)
     weights = weights_of(candidates)
     wanted = p * float(weights.sum())
     count = _FIRST_GUESS
@@ -99,7 +99,7 @@ def keep_top_p(candidates: Candidates, p: float) -> Candidates:
         indices = leading(candidates.logits, count)
         if indices.size == weights.size or float(weights[indices].sum()) >= wanted:
             best = sorted_part(candidates, indices)
-            sums = np.cumsum(weights[best.ids], dtype=np.float64)
+            sums = running_sums(weights[best.ids])
             return _head(best, min(int(sums.searchsorted(wanted)) + 1, sums.size))
         count = indices.size * _WIDEN
 
@@ -135,7 +135,7 @@ def keep_typical(candidates: Candidates, p: float) -> Candidates:
         count = min(count, distance.size)
         near = (distance <= np.partition(distance, count - 1)[count - 1]).nonzero()[0]
         order = near[distance[near].argsort(kind="stable")]
-        sums = weights[order].cumsum()
+        sums = np.cumsum(weights[order])
         if sums[-1] > p * total or near.size == distance.size:
             kept = order[: int(sums.searchsorted(p * total, side="right")) + 1]
             return sorted_part(candidates, indices[np.sort(kept)])
@@ -169,6 +169,11 @@ def weights_of(candidates: Candidates, temperature: float = 1.0) -> NDArray[np.f
     if temperature != 1:
         np.multiply(shifted, np.float32(1 / temperature), out=shifted)
     return np.exp(shifted, out=shifted)
+
+
+def running_sums(weights: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Of weights, in double precision; converting first takes half the time of ``cumsum`` with a type."""
+    return np.cumsum(weights.astype(np.float64))
 
 
 def leading(logits: Logits, count: int) -> Ids:

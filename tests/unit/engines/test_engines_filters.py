@@ -195,17 +195,17 @@ def test_filters_follow_one_another() -> None:
 class TestUniforms:
     def test_they_are_a_function_of_their_arguments(self) -> None:
         assert uniforms(1, 2) == uniforms(1, 2)
-        pairs = {uniforms(key, position, turn) for key in range(5) for position in range(5) for turn in (-1, 0, 1)}
-        assert len(pairs) == 75
+        triples = {uniforms(key, position, turn) for key in range(5) for position in range(5) for turn in (-1, 0, 1)}
+        assert len(triples) == 75
 
     @given(st.integers(0, 2**64 - 1), st.integers(0, 2**40))
     def test_they_lie_below_one(self, key: int, position: int) -> None:
         assert all(0 <= number < 1 for number in uniforms(key, position))
 
     def test_they_are_spread_evenly(self) -> None:
-        counts = Counter(int(number * 10) for position in range(5000) for number in uniforms(7, position))
+        counts = Counter(int(number * 10) for position in range(4000) for number in uniforms(7, position))
         # 9 degrees of freedom: beyond 27.9 lies one case in a thousand, and these numbers never change.
-        assert sum((count - 1000) ** 2 / 1000 for count in counts.values()) < 27.9
+        assert sum((count - 1200) ** 2 / 1200 for count in counts.values()) < 27.9
 
 
 class TestPick:
@@ -231,11 +231,17 @@ def chi_square(counts: Counter[int], expected: list[float]) -> tuple[float, int]
 
 
 class TestDrawer:
-    @pytest.mark.parametrize(("temperature", "banned"), [(0.2, False), (1.0, False), (3.0, False), (1.0, True)])
-    def test_tokens_come_with_their_probabilities(self, temperature: float, banned: bool) -> None:
+    @pytest.mark.parametrize(
+        ("temperature", "is_dense", "banned"),
+        [(0.3, False, False), (0.3, False, True), (1.0, True, False), (3.0, True, True)],
+    )
+    def test_tokens_come_with_their_probabilities(self, temperature: float, is_dense: bool, banned: bool) -> None:
+        """Parted rows, and those that aren't worth parting."""
         logits = np.random.default_rng(5).normal(0, 2, 700).astype(np.float32)
         if banned:
             logits[::7] = -np.inf
+        in_head = np.count_nonzero(logits >= logits.max() - temperature * math.log(logits.size / 4))
+        assert (in_head > logits.size / 4) == is_dense
         row = Candidates(logits, float(logits.max()))
         drawer = Drawer(logits.size)
         counts = Counter(drawer.draw(row, temperature, 11, position) for position in range(4000))
@@ -243,6 +249,17 @@ class TestDrawer:
         # The mean is the freedom, the variance twice that; the draws never change, so this fails for good or never.
         assert statistic < freedom + 4 * math.sqrt(2 * freedom), (statistic, freedom)
         assert not banned or all(token % 7 for token in counts)
+
+    def test_a_heavy_tail_comes_with_its_probabilities(self) -> None:
+        """Nearly all tokens just below the head: together they weigh more than the best."""
+        logits = np.full(64, -math.log(16) - 0.1, dtype=np.float32)
+        logits[5], logits[6], logits[40:] = 0.0, -1.0, -math.log(16) - 1
+        drawer = Drawer(64)
+        row = Candidates(logits, 0.0)
+        counts = Counter(drawer.draw(row, 1.0, 4, position) for position in range(8000))
+        statistic, freedom = chi_square(counts, shares(logits))
+        assert freedom == 63
+        assert statistic < freedom + 4 * math.sqrt(2 * freedom)
 
     def test_few_candidates_come_with_theirs(self) -> None:
         row = keep_top_k(row_of([0.0, 1.0, -3.0, 1.5, 0.5, 1.2]), 4)
@@ -255,17 +272,6 @@ class TestDrawer:
             expected[token] = share
         statistic, freedom = chi_square(counts, expected)
         assert statistic < freedom + 4 * math.sqrt(2 * freedom)
-
-    def test_the_proposed_weights_bound_the_true_ones(self) -> None:
-        """What the acceptance rests on, all over the range, at several sizes of logits."""
-        for offset in (0.0, 1000.0, -30.0):
-            for temperature in (0.3, 1.0, 7.0):
-                logits = (np.linspace(-79.0 * temperature, 0, 200_000) + offset).astype(np.float32)
-                drawer = Drawer(logits.size)
-                assert 0 <= drawer.draw(Candidates(logits, float(logits.max())), temperature, 1, 1) < logits.size
-                proposed = drawer._bits.view(np.float32)[: logits.size].astype(np.float64)
-                ratio = proposed / np.exp((logits.astype(np.float64) - float(logits.max())) / temperature)
-                assert ratio.min() * (1 + 2.0**-15) >= 1 and ratio.max() < 1.0616
 
     @given(FEW, st.floats(0.05, 5.0), st.integers(0, 2**64 - 1), st.integers(0, 10_000))
     @settings(max_examples=50)
