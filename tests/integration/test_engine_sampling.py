@@ -353,7 +353,7 @@ class TestAnswers:
     @pytest.mark.parametrize(
         "changed",
         [
-            {"dry_multiplier": 5.0, "dry_allowed_length": 1},
+            {"dry_multiplier": 5.0, "dry_allowed_length": 0},
             {"xtc_probability": 1.0, "xtc_threshold": 0.05},
             {"mirostat": 1, "mirostat_tau": 1.0},
             {"mirostat": 2, "mirostat_tau": 9.0},

@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from skulk.engines.llama_cpp.filters import Candidates, Ids, running_sums, weights_of
+from skulk.engines.llama_cpp.filters import Candidates, running_sums, weights_of
 
 # Turns of `uniforms`: XTC's chance has its own; draws count from 0.
 TURN_XTC: Final = -1
@@ -62,9 +62,9 @@ def pick(weights: NDArray[np.float32], u: float) -> int:
 
 
 def _passed(sums: NDArray[np.float64], target: float) -> int:
-    index = int(sums.searchsorted(target, side="right"))
+    index = int(np.searchsorted(sums, target, side="right"))
     # Rounding may leave the target at the very end: then the last index that added something.
-    return index if index < sums.size else int(np.searchsorted(sums, sums[-1]))
+    return index if index < sums.size else int(np.searchsorted(sums, float(sums[-1])))
 
 
 class Drawer:
@@ -95,27 +95,34 @@ class Drawer:
         if candidates.ids is not None:
             return int(candidates.ids[pick(weights_of(candidates, temperature), uniforms(key, position).first)])
         bound = np.float32(candidates.peak - math.log(max(self._size / _TAIL_WEIGHT, 1)) * temperature)
+        # Of one token; more than it should be where the logits are so great that float32 has no number just there.
+        tail_weight = math.exp((float(bound) - candidates.peak) / temperature)
         is_head = candidates.logits >= bound
-        if np.count_nonzero(is_head) > _DENSE_SHARE * self._size:
+        if tail_weight * self._size > 2 * _TAIL_WEIGHT or np.count_nonzero(is_head) > _DENSE_SHARE * self._size:
             weights_of(candidates._replace(scratch=self.scratch), temperature)
             return _pick_in_blocks(self._padded, uniforms(key, position).first)
-        return self._draw_parted(candidates, temperature, is_head.nonzero()[0], float(bound), key, position)
+        return self._draw_parted(candidates, temperature, is_head, tail_weight, key, position)
 
     def _draw_parted(
-        self, row: Candidates, temperature: float, head: Ids, bound: float, key: int, position: int
+        self,
+        row: Candidates,
+        temperature: float,
+        is_head: NDArray[np.bool_],
+        tail_weight: float,
+        key: int,
+        position: int,
     ) -> int:
-        head_logits = row.logits[head]
-        sums = running_sums(weights_of(Candidates(head_logits, row.peak, head), temperature))
+        head = is_head.nonzero()[0]
+        sums = running_sums(weights_of(Candidates(row.logits[head], row.peak, head), temperature))
         head_mass = float(sums[-1])
-        tail_weight = math.exp((bound - row.peak) / temperature)
         for turn in range(_MAX_TURNS):
             chances = uniforms(key, position, turn)
             target = chances.first * (head_mass + tail_weight * self._size)
             if target < head_mass:
                 return int(head[_passed(sums, target)])
             token = int(chances.second * self._size)
-            logit = float(row.logits[token])
-            if logit < bound and chances.third * tail_weight < math.exp((logit - row.peak) / temperature):
+            true_weight = math.exp((float(row.logits[token]) - row.peak) / temperature)
+            if not is_head[token] and chances.third * tail_weight < true_weight:
                 return token
         raise AssertionError(f"no token was accepted in {_MAX_TURNS} turns")
 

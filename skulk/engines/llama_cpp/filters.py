@@ -91,7 +91,7 @@ def keep_top_p(candidates: Candidates, p: float) -> Candidates:
     """The fewest of the best whose probabilities sum up to ``p`` at least; at least one."""
     if candidates.ids is not None:
         sums = running_sums(weights_of(candidates))
-        return _head(candidates, int(np.searchsorted(sums, p * sums[-1])) + 1)
+        return _head(candidates, int(np.searchsorted(sums, p * float(sums[-1]))) + 1)
     weights = weights_of(candidates)
     wanted = p * float(weights.sum())
     count = _FIRST_GUESS

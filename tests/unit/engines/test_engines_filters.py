@@ -261,6 +261,16 @@ class TestDrawer:
         assert freedom == 63
         assert statistic < freedom + 4 * math.sqrt(2 * freedom)
 
+    @pytest.mark.parametrize("peak", [1e9, 3e5, -1e9])
+    @pytest.mark.parametrize("temperature", [1e-6, 1.0, 100.0])
+    def test_great_logits_are_drawn_from_too(self, peak: float, temperature: float) -> None:
+        """Where float32 has no number between the best and those that can't be drawn any more."""
+        logits = np.full(5000, peak - 1e6, dtype=np.float32)
+        logits[[7, 4000]] = peak
+        drawer = Drawer(5000)
+        drawn = {drawer.draw(Candidates(logits, float(logits.max())), temperature, 1, place) for place in range(40)}
+        assert drawn == {7, 4000}
+
     def test_few_candidates_come_with_theirs(self) -> None:
         row = keep_top_k(row_of([0.0, 1.0, -3.0, 1.5, 0.5, 1.2]), 4)
         drawer = Drawer(6)
