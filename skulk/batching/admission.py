@@ -12,14 +12,14 @@ from typing import Final, Literal
 
 import msgspec
 
+from skulk.batching.ranges import check_sampling
 from skulk.batching.requests import BatchRequest, RequestKey
 from skulk.errors import RequestError, UnavailableError
-from skulk.wire.generation import ChatPrompt, Generate, Sampling, TextPrompt, TokenPrompt
+from skulk.wire.generation import ChatPrompt, Generate, TextPrompt, TokenPrompt
 
 MAX_CHOICES: Final = 128
 MAX_STOPS: Final = 16
 MAX_STOP_CHARACTERS: Final = 4096
-MAX_BIASES: Final = 4096
 _RETRY_MIN_S: Final = 1.0
 _RETRY_MAX_S: Final = 60.0
 
@@ -97,7 +97,7 @@ def check_fields(generate: Generate, shape: BatchShape) -> None:
     if generate.timeout_s is not None:
         is_duration = math.isfinite(generate.timeout_s) and generate.timeout_s > 0
         _require(is_duration, "timeout_s", f"timeout_s is {generate.timeout_s}; send seconds above 0, or leave it out")
-    _check_sampling(generate.sampling, shape)
+    check_sampling(generate.sampling, shape.vocabulary_size)
     _check_prompt(generate, shape)
 
 
@@ -173,31 +173,6 @@ def admit(
         arrived_at=arrived_at,
         deadline=arrived_at + timeout_s,
     )
-
-
-def _check_sampling(sampling: Sampling, shape: BatchShape) -> None:
-    ranges: tuple[tuple[str, float | None, float, float], ...] = (
-        ("temperature", sampling.temperature, 0.0, 100.0),
-        ("top_p", sampling.top_p, 0.0, 1.0),
-        ("min_p", sampling.min_p, 0.0, 1.0),
-        ("typical_p", sampling.typical_p, 0.0, 1.0),
-        ("repeat_penalty", sampling.repeat_penalty, 0.01, 100.0),
-        ("presence_penalty", sampling.presence_penalty, -100.0, 100.0),
-        ("frequency_penalty", sampling.frequency_penalty, -100.0, 100.0),
-        ("top_k", sampling.top_k, -1, 2**31 - 1),
-        ("repeat_last_n", sampling.repeat_last_n, -1, 2**31 - 1),
-    )
-    for name, value, least, most in ranges:
-        if value is not None:
-            is_inside = math.isfinite(value) and least <= value <= most
-            _require(is_inside, name, f"{name} is {value:g}; send a number from {least:g} to {most:g}")
-    biases = sampling.logit_bias
-    _require(
-        len(biases) <= MAX_BIASES, "logit_bias", f"logit_bias names {len(biases)} tokens; send at most {MAX_BIASES}"
-    )
-    for token, bias in biases.items():
-        _require(math.isfinite(bias), "logit_bias", f"logit_bias of token {token} is {bias}; send a finite number")
-    _check_ids(tuple(biases), "logit_bias", shape)
 
 
 def _check_ids(tokens: tuple[int, ...], param: str, shape: BatchShape) -> None:

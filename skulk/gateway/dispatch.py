@@ -32,7 +32,7 @@ from skulk.bus.subjects import RUNNER_CANCEL, RUNNER_GENERATE
 from skulk.clock import Clock
 from skulk.cluster.view import ClusterView, instances_of, phase_of, ready_instances, runner_of
 from skulk.errors import ServiceError, SkulkError, UnavailableError
-from skulk.gateway.run import Generation, Run
+from skulk.gateway.run import Generation, Run, seeded
 from skulk.gateway.waiting import death_of, not_placed, why_not_ready
 from skulk.ids import new_id
 from skulk.wire.base import ErrorBody
@@ -59,7 +59,7 @@ class _Request:
 
     def __init__(self, generation: Generation, deadline: float) -> None:
         self.request_id = new_id()
-        self.generation = generation
+        self.generation = seeded(generation)
         self.deadline = deadline
         self.attempt = 0
         self.tried: dict[str, tuple[int, float]] = {}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Awaitable
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -17,6 +18,9 @@ from skulk.wire.state import Instance
 
 T = TypeVar("T")
 
+# Whole in any reader's JSON numbers.
+SEED_BITS: Final = 53
+
 
 class Generation(msgspec.Struct, frozen=True, kw_only=True):
     """What a dialect asks for, in the words of the wire; who serves it is not its business."""
@@ -26,6 +30,14 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     sampling: Sampling
     limits: Limits
     n: int = 1
+
+
+def seeded(generation: Generation) -> Generation:
+    """The generation with a seed: its own, or one drawn here, so that each attempt of it draws alike."""
+    if generation.sampling.seed is not None:
+        return generation
+    sampling = msgspec.structs.replace(generation.sampling, seed=secrets.randbits(SEED_BITS))
+    return msgspec.structs.replace(generation, sampling=sampling)
 
 
 class Run:

@@ -64,17 +64,40 @@ Prompt: TypeAlias = ChatPrompt | TextPrompt | TokenPrompt
 
 
 class Sampling(Wire, frozen=True, kw_only=True):
-    """How tokens are drawn; None: the model's own default, else OpenAI's. ``temperature`` 0 is greedy."""
+    """How tokens are drawn; None: the model's own default, else OpenAI's. Names and meanings are llama-server's.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_n_sigma: keeps what is within so many standard deviations of the best; 0 or less: off.
+        xtc_probability: of leaving out, at a token, all but the last of those above ``xtc_threshold``.
+        mirostat: 1 or 2: that algorithm in place of filters and penalties; ``mirostat_tau``: bits of surprise aimed at.
+        repeat_last_n: how far the penalties look back; -1: the whole window.
+        dry_multiplier: 0: DRY is off.
+        dry_penalty_last_n: how far DRY looks back; -1: the whole window.
+        dry_sequence_breakers: texts that end a repetition; None: line feed, colon, quotation mark, asterisk.
+        seed: with choice and position it decides every draw.
+    """
 
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
     typical_p: float | None = None
+    top_n_sigma: float | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
+    mirostat: int | None = None
+    mirostat_tau: float | None = None
+    mirostat_eta: float | None = None
     repeat_penalty: float | None = None
     repeat_last_n: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    dry_multiplier: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_penalty_last_n: int | None = None
+    dry_sequence_breakers: tuple[str, ...] | None = None
     logit_bias: dict[int, float] = {}
     seed: int | None = None
 

@@ -210,7 +210,7 @@ class TestSampling:
         assert generate(engine, (*prompt, fox), 1, short) == [fox], "unless nothing is looked back on"
 
     def test_a_bad_value_leaves_the_slot_free(self, engine: LlamaCppEngine, prompt: tuple[int, ...]) -> None:
-        with pytest.raises(RequestError, match="logit_bias names token 49152"):
+        with pytest.raises(RequestError, match="logit_bias names the token 49152"):
             engine.begin(0, Sampling(logit_bias={49152: 1.0}), prompt)
         assert len(generate(engine, prompt, 1)) == 1
 

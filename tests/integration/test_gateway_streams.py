@@ -179,6 +179,11 @@ async def test_a_full_runner_is_429_with_retry_after_and_another_one_is_asked_fi
     assert (await gateway.chat()).status == 200
     assert [ask.attempt for ask in other.asked] == [2]
     assert runner.asked[-1].request_id == other.asked[0].request_id
+    first, second, third = *runner.asked, other.asked[0]
+    assert second.sampling == third.sampling, (
+        "an attempt draws as the one before it, with the seed that was chosen for it"
+    )
+    assert second.sampling.seed not in (None, first.sampling.seed)
 
 
 async def test_keep_alives_come_while_nothing_else_does(tmp_path: Path) -> None:

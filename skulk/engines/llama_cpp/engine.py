@@ -22,11 +22,12 @@ import msgspec
 
 from skulk.batching.step import StepPlan, StepResult, StepRow
 from skulk.engines.llama_cpp.batch import Batch
+from skulk.engines.llama_cpp.chain import SamplerChain, Workbench
 from skulk.engines.llama_cpp.layout import Layout, calls_of
 from skulk.engines.llama_cpp.memory import SequenceMemory
 from skulk.engines.llama_cpp.native import forget_errors, library, recent_errors
 from skulk.engines.llama_cpp.prompt import Prompter
-from skulk.engines.llama_cpp.sampling import SamplerChain, settle
+from skulk.engines.llama_cpp.sampling import settle
 from skulk.engines.llama_cpp.vocabulary import Vocabulary
 from skulk.engines.protocol import EngineInfo
 from skulk.errors import RequestError, ServiceError
@@ -63,6 +64,7 @@ class LlamaCppEngine:
         self._vocabulary = vocabulary
         self._prompter = prompter
         self._defaults = defaults
+        self._workbench = Workbench(vocabulary)
         self._batch = Batch(layout.n_batch, info.n_parallel)
         self._chains: dict[int, SamplerChain] = {}
         self._aside: dict[int, SamplerChain] = {}
@@ -104,7 +106,7 @@ class LlamaCppEngine:
             window=self._info.n_ctx,
             choice=choice,
         )
-        self._chains[slot] = SamplerChain(settled, history, self._vocabulary.size)
+        self._chains[slot] = SamplerChain(settled, history, self._workbench)
 
     def end(self, slot: int, *, parked: int = 0) -> None:
         """See `Engine.end`."""
@@ -112,8 +114,6 @@ class LlamaCppEngine:
         if parked:
             assert parked not in self._aside, f"a sampler was set aside at {parked} before"
             self._aside[parked] = chain
-        else:
-            chain.free()
 
     def keep(self, slot: int, count: int) -> None:
         """See `Engine.keep`."""
@@ -140,9 +140,7 @@ class LlamaCppEngine:
     def forget(self, parked: int) -> None:
         """See `Engine.forget`."""
         self._memory.forget(parked)
-        aside = self._aside.pop(parked, None)
-        if aside is not None:
-            aside.free()
+        self._aside.pop(parked, None)
 
     def embed(self, inputs: Sequence[Sequence[int]]) -> list[list[float]]:
         """See `Engine.embed`: this loader loads models that generate, and they are refused."""
@@ -166,8 +164,9 @@ class LlamaCppEngine:
         for rows in calls_of(plan.rows, self._layout):
             outputs = self._batch.fill(rows)
             self._decode()
+            ends = {row.slot: row.start + len(row.tokens) for row in rows}
             for slot, index in outputs.items():
-                sampled[slot] = self._chains[slot].sample(self._handle(), index)
+                sampled[slot] = self._chains[slot].sample(self._handle(), index, ends[slot])
         for row in plan.rows:
             self._memory.computed(row.slot, len(row.tokens))
         return StepResult(sampled=sampled, elapsed_s=time.perf_counter() - started)
@@ -252,8 +251,6 @@ class LlamaCppEngine:
 
     def close(self) -> None:
         """See `Engine.close`; a second call does nothing."""
-        for chain in (*self._chains.values(), *self._aside.values()):
-            chain.free()
         self._chains.clear()
         self._aside.clear()
         self._prompter.close()

@@ -22,6 +22,7 @@ class Vocabulary:
         size: number of tokens.
         special_texts: texts that a tokenizer turns into control tokens when it parses specials.
         longest_piece_bytes: no token stands for more text than this.
+        suppressed: tokens that the model's file says are never to be generated.
     """
 
     def __init__(self, model: int) -> None:
@@ -37,6 +38,13 @@ class Vocabulary:
         self.special_texts: frozenset[str] = frozenset(
             text for token in range(self.size) if self._is_special(token) and (text := self.text_of(token))
         )
+
+        self.suppressed: tuple[int, ...] = self._suppressed()
+
+    def _suppressed(self) -> tuple[int, ...]:
+        count = ctypes.c_int32(0)
+        tokens = self._lib.llama_vocab_get_suppress_tokens(self._vocab, ctypes.byref(count))
+        return tuple(token for token in tokens[: count.value] if 0 <= token < self.size) if count.value > 0 else ()
 
     def _token(self, get: Any) -> int | None:
         token: int = get(self._vocab)
@@ -55,12 +63,16 @@ class Vocabulary:
         """The bytes of a token's text; empty for control tokens. They may cut a character."""
         return self._pieces[token]
 
-    def _piece(self, token: int) -> bytes:
+    def whole_pieces(self) -> tuple[bytes, ...]:
+        """The bytes of every token's text, of control tokens their names."""
+        return tuple(piece or self._piece(token, special=True) for token, piece in enumerate(self._pieces))
+
+    def _piece(self, token: int, *, special: bool = False) -> bytes:
         buffer = ctypes.create_string_buffer(64)
-        length: int = self._lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+        length: int = self._lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, special)
         if length < 0:
             buffer = ctypes.create_string_buffer(-length)
-            length = self._lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+            length = self._lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, special)
         return buffer.raw[: max(0, length)]
 
     def is_end(self, token: int) -> bool:
@@ -85,6 +97,10 @@ class Vocabulary:
         if tokens[: len(lead)] == lead:
             return tokens[len(lead) :]
         return self._tokenise(body, parse_special=parse_special)
+
+    def tokenise_bytes(self, body: bytes) -> tuple[int, ...]:
+        """The ids of bytes that may be cut out of a text, without special tokens."""
+        return self._tokenise(body, parse_special=False)
 
     def _tokenise(self, body: bytes, *, parse_special: bool) -> tuple[int, ...]:
         if not body:

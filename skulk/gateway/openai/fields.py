@@ -54,6 +54,8 @@ def _refused(name: str, needs: str, *harmless: Any) -> dict[str, Field]:
 _SAMPLING: Final = _honoured(
     *("temperature", "top_p", "top_k", "min_p", "typical_p", "repeat_penalty", "repeat_last_n"),
     *("presence_penalty", "frequency_penalty", "logit_bias", "seed"),
+    *("top_n_sigma", "xtc_probability", "xtc_threshold", "mirostat", "mirostat_tau", "mirostat_eta"),
+    *("dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers"),
 )
 _SHARED: Final = {
     **_honoured("model", "stream", "stream_options", "max_tokens", "n", "stop", "ignore_eos"),

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
 
+from skulk.batching.ranges import MAX_BREAKER_BYTES, MAX_BREAKERS
 from skulk.errors import RequestError
 from skulk.gateway.bodies import read_as
 from skulk.gateway.openai.fields import CHAT_FIELDS, COMPLETION_FIELDS, sort_fields
@@ -31,6 +32,7 @@ Share: TypeAlias = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 Penalty: TypeAlias = Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)]
 Bias: TypeAlias = Annotated[float, msgspec.Meta(ge=-100.0, le=100.0)]
 StopText: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
+Breaker: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_BREAKER_BYTES)]
 TokenId: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=INT32)]
 Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
@@ -58,10 +60,21 @@ class CommonRequest(msgspec.Struct, frozen=True, kw_only=True):
     top_k: Annotated[int, msgspec.Meta(ge=0, le=INT32)] | None = None
     min_p: Share | None = None
     typical_p: Share | None = None
+    top_n_sigma: Annotated[float, msgspec.Meta(ge=-1.0, le=100.0)] | None = None
+    xtc_probability: Share | None = None
+    xtc_threshold: Share | None = None
+    mirostat: Literal[0, 1, 2] | None = None
+    mirostat_tau: Annotated[float, msgspec.Meta(ge=0.0, le=100.0)] | None = None
+    mirostat_eta: Share | None = None
     repeat_penalty: Annotated[float, msgspec.Meta(gt=0.0, le=10.0)] | None = None
     repeat_last_n: Annotated[int, msgspec.Meta(ge=-1, le=INT32)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
+    dry_multiplier: Annotated[float, msgspec.Meta(ge=0.0, le=100.0)] | None = None
+    dry_base: Annotated[float, msgspec.Meta(ge=1.0, le=100.0)] | None = None
+    dry_allowed_length: Annotated[int, msgspec.Meta(ge=0, le=INT32)] | None = None
+    dry_penalty_last_n: Annotated[int, msgspec.Meta(ge=-1, le=INT32)] | None = None
+    dry_sequence_breakers: Annotated[list[Breaker], msgspec.Meta(min_length=1, max_length=MAX_BREAKERS)] | None = None
     logit_bias: Annotated[dict[str, Bias], msgspec.Meta(max_length=1024)] | None = None
     seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
 
@@ -170,10 +183,21 @@ def _sampling(request: CommonRequest) -> Sampling:
         top_p=request.top_p,
         min_p=request.min_p,
         typical_p=request.typical_p,
+        top_n_sigma=request.top_n_sigma,
+        xtc_probability=request.xtc_probability,
+        xtc_threshold=request.xtc_threshold,
+        mirostat=request.mirostat,
+        mirostat_tau=request.mirostat_tau,
+        mirostat_eta=request.mirostat_eta,
         repeat_penalty=request.repeat_penalty,
         repeat_last_n=request.repeat_last_n,
         presence_penalty=request.presence_penalty,
         frequency_penalty=request.frequency_penalty,
+        dry_multiplier=request.dry_multiplier,
+        dry_base=request.dry_base,
+        dry_allowed_length=request.dry_allowed_length,
+        dry_penalty_last_n=request.dry_penalty_last_n,
+        dry_sequence_breakers=None if request.dry_sequence_breakers is None else tuple(request.dry_sequence_breakers),
         logit_bias=_logit_bias(request.logit_bias or {}),
         seed=request.seed,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import msgspec
 import pytest
@@ -31,6 +32,10 @@ def limited(**limits: object) -> Generate:
     return msgspec.structs.replace(GENERATE, limits=msgspec.convert(limits, Limits))
 
 
+def sampled(**fields: Any) -> Generate:
+    return msgspec.structs.replace(GENERATE, sampling=Sampling(**fields))
+
+
 @pytest.mark.parametrize(
     ("generate", "param"),
     [
@@ -49,7 +54,15 @@ def limited(**limits: object) -> Generate:
         (msgspec.structs.replace(GENERATE, sampling=Sampling(top_p=1.5)), "top_p"),
         (msgspec.structs.replace(GENERATE, sampling=Sampling(top_k=-2)), "top_k"),
         (msgspec.structs.replace(GENERATE, sampling=Sampling(repeat_penalty=0.0)), "repeat_penalty"),
+        (sampled(mirostat=3), "mirostat"),
+        (sampled(xtc_probability=math.inf), "xtc_probability"),
+        (sampled(dry_base=0.99), "dry_base"),
+        (sampled(dry_sequence_breakers=()), "dry_sequence_breakers"),
+        (sampled(dry_sequence_breakers=("é" * 21,)), "dry_sequence_breakers"),
+        (sampled(dry_sequence_breakers=("x",) * 17), "dry_sequence_breakers"),
         (msgspec.structs.replace(GENERATE, sampling=Sampling(logit_bias={257: 1.0})), "logit_bias"),
+        (sampled(logit_bias={4: 1e10}), "logit_bias"),
+        (sampled(logit_bias=dict.fromkeys(range(4097), 0.0)), "logit_bias"),
         (msgspec.structs.replace(GENERATE, sampling=Sampling(logit_bias={-1: 1.0})), "logit_bias"),
         (msgspec.structs.replace(GENERATE, prompt=TokenPrompt(tokens=(3, 257))), "prompt"),
         (

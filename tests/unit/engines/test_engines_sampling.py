@@ -1,4 +1,4 @@
-"""Sampling settled: defaults, ranges, seeds. Native samplers abort on bad numbers, so each is checked here."""
+"""Sampling settled: defaults, ranges, seeds. Bad numbers reach no sampler."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skulk.engines.llama_cpp.sampling import Settled, model_defaults, seed_of, settle
+from skulk.engines.llama_cpp.sampling import METADATA_KEYS, Settled, SettledDry, key_of, model_defaults, settle
 from skulk.errors import RequestError
 from skulk.wire.generation import Sampling
 
@@ -22,7 +22,9 @@ def settled(asked: Sampling, defaults: Sampling | None = None, *, choice: int = 
 def test_what_is_omitted_is_openais_default() -> None:
     result = settled(Sampling())
     assert (result.temperature, result.top_k, result.top_p, result.min_p, result.typical_p) == (1.0, 0, 1.0, 0.0, 1.0)
-    assert not result.has_penalties and result.logit_bias == () and result.seed == 7
+    assert not result.has_penalties and result.logit_bias == () and result.key == key_of(7, 0)
+    assert (result.mirostat, result.dry, result.has_xtc, result.is_greedy) == (0, None, False, False)
+    assert result.top_n_sigma < 0
 
 
 def test_the_models_own_comes_before_openais_and_after_the_asked() -> None:
@@ -69,6 +71,27 @@ def test_a_repeat_penalty_looks_back_64_in_a_longer_window() -> None:
         {"repeat_last_n": -5},
         {"presence_penalty": 1e300},
         {"frequency_penalty": -math.inf},
+        {"top_n_sigma": -1.5},
+        {"xtc_probability": 1.01},
+        {"xtc_probability": math.nan},
+        {"xtc_threshold": -0.1},
+        {"mirostat": 3},
+        {"mirostat": -1},
+        {"mirostat_tau": math.inf},
+        {"mirostat_tau": -1.0},
+        {"mirostat_eta": 1.5},
+        {"dry_multiplier": -0.5},
+        {"dry_multiplier": 1e30},
+        {"dry_base": 0.5},
+        {"dry_base": math.nan},
+        {"dry_allowed_length": -1},
+        {"dry_allowed_length": 2**31},
+        {"dry_penalty_last_n": -2},
+        {"dry_penalty_last_n": 2**31},
+        {"dry_sequence_breakers": ()},
+        {"dry_sequence_breakers": ("",)},
+        {"dry_sequence_breakers": ("é" * 21,)},
+        {"dry_sequence_breakers": ("x",) * 17},
         {"logit_bias": {100: 1.0}},
         {"logit_bias": {-1: 1.0}},
         {"logit_bias": {1: math.nan}},
@@ -93,16 +116,61 @@ def test_biases_are_in_the_order_of_tokens() -> None:
 
 
 @given(st.integers(-(2**70), 2**70), st.integers(0, 20))
-def test_a_seed_is_32_bits_and_never_the_one_that_means_random(seed: int, choice: int) -> None:
-    result = seed_of(seed, choice)
-    assert 0 <= result < 0xFFFFFFFF
-    assert result == seed_of(seed, choice)
+def test_a_key_is_64_bits(seed: int, choice: int) -> None:
+    assert 0 <= key_of(seed, choice) < 2**64
 
 
-def test_choices_of_one_seed_differ() -> None:
-    assert seed_of(42, 0) == 42
-    assert len({settled(Sampling(seed=42), choice=choice).seed for choice in range(10)}) == 10
-    assert settled(Sampling(seed=43)).seed != settled(Sampling(seed=42), choice=1).seed
+def test_every_seed_and_choice_has_a_key_of_its_own() -> None:
+    keys = {settled(Sampling(seed=seed), choice=choice).key for seed in (0, 1, 42, -1, 2**32) for choice in range(10)}
+    assert len(keys) == 50
+    assert settled(Sampling(seed=42)).key == settled(Sampling(seed=42)).key
+
+
+def test_an_omitted_seed_is_a_fresh_one() -> None:
+    def drawn() -> int:
+        return settle(Sampling(), Sampling(), vocabulary_size=10, window=10, choice=0).key
+
+    assert drawn() != drawn()
+
+
+def test_a_temperature_that_is_next_to_nothing_is_greedy() -> None:
+    assert settled(Sampling(temperature=1e-9)).is_greedy
+    assert not settled(Sampling(temperature=1e-3)).is_greedy
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (Sampling(dry_base=2.0), None),
+        (Sampling(dry_multiplier=0.8, dry_penalty_last_n=0), None),
+        (
+            Sampling(dry_multiplier=0.8),
+            SettledDry(multiplier=0.8, base=1.75, allowed=2, look_back=50, breakers=("\n", ":", '"', "*")),
+        ),
+        (
+            Sampling(
+                dry_multiplier=1.0,
+                dry_base=2.0,
+                dry_allowed_length=5,
+                dry_penalty_last_n=7,
+                dry_sequence_breakers=("x", "yz"),
+            ),
+            SettledDry(multiplier=1.0, base=2.0, allowed=5, look_back=7, breakers=("x", "yz")),
+        ),
+        (
+            Sampling(dry_multiplier=1.0, dry_penalty_last_n=-1, dry_sequence_breakers=("x",)),
+            SettledDry(multiplier=1.0, base=1.75, allowed=2, look_back=50, breakers=("x",)),
+        ),
+    ],
+)
+def test_dry_is_off_or_whole(asked: Sampling, expected: SettledDry | None) -> None:
+    assert settled(asked).dry == expected
+
+
+def test_xtc_is_off_above_half() -> None:
+    assert settled(Sampling(xtc_probability=0.5)).has_xtc
+    assert not settled(Sampling(xtc_probability=0.5, xtc_threshold=0.6)).has_xtc
+    assert not settled(Sampling(xtc_threshold=0.1)).has_xtc
 
 
 def test_the_models_defaults_come_from_its_metadata(caplog: pytest.LogCaptureFixture) -> None:
@@ -112,6 +180,17 @@ def test_the_models_defaults_come_from_its_metadata(caplog: pytest.LogCaptureFix
         "general.sampling.top_p": "7",
         "general.sampling.min_p": "nonsense",
         "general.sampling.penalty_last_n": "64",
+        "general.sampling.mirostat": "2",
+        "general.sampling.xtc_threshold": "0.2",
     }
-    assert model_defaults(metadata.get) == Sampling(temperature=0.6, top_k=20, repeat_last_n=64)
+    expected = Sampling(temperature=0.6, top_k=20, repeat_last_n=64, mirostat=2, xtc_threshold=0.2)
+    assert model_defaults(metadata.get) == expected
     assert caplog.text.count("is ignored") == 2
+
+
+def test_every_key_of_a_file_is_read(caplog: pytest.LogCaptureFixture) -> None:
+    found = model_defaults(dict.fromkeys(METADATA_KEYS, "1").get)
+    assert all(getattr(found, field) == 1 for field in METADATA_KEYS.values())
+    assert not caplog.text
+    model_defaults({"general.sampling.sequence": "top_k;temperature"}.get)
+    assert "general.sampling.sequence is not followed" in caplog.text

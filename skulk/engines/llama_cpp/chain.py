@@ -1,0 +1,193 @@
+"""One sequence's sampler chain: a row of logits in, a token out. In the order of llama.cpp's common sampler.
+
+    temperature 0:  logit_bias > penalties > DRY > greedy: the first of the greatest logits
+    mirostat:       logit_bias > temperature > mirostat
+    else:           logit_bias > penalties > DRY > top_n_sigma > top_k > typical_p > top_p > min_p > XTC > temperature
+                    > draw
+
+The row is read where llama.cpp left it; it is copied only where something edits single logits. Nothing native is made
+for a request: see `filters` and `breakers` for what that would cost. A chain knows no slot: it can be set aside and go
+on in another one. What it remembers comes from the tokens it was begun with and those it drew, but for mirostat's mu.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from skulk.engines.llama_cpp import filters
+from skulk.engines.llama_cpp.breakers import BreakerIndex, Breakers
+from skulk.engines.llama_cpp.draw import TURN_XTC, Drawer, uniforms
+from skulk.engines.llama_cpp.filters import Candidates, Logits
+from skulk.engines.llama_cpp.mirostat import Mirostat
+from skulk.engines.llama_cpp.native import library
+from skulk.engines.llama_cpp.penalties import Biases, Dry, Edit, Penalties
+from skulk.engines.llama_cpp.sampling import Settled, SettledDry
+from skulk.engines.llama_cpp.vocabulary import Vocabulary
+from skulk.errors import ServiceError
+
+_MAX_VIEWS: Final = 1024
+_MAX_BREAKERS_KEPT: Final = 16
+
+
+class Workbench:
+    """What all chains of one engine share: scratch of a row's size, and what was found out about the vocabulary.
+
+    The engine thread's.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._views: dict[int, Logits] = {}
+        self._lib: Any = library()
+        self._edited = np.empty(vocabulary.size, dtype=np.float32)
+        self._index: BreakerIndex | None = None
+        self._breakers: dict[tuple[str, ...], Breakers] = {}
+        self.drawer = Drawer(vocabulary.size)
+        self.suppressed: tuple[tuple[int, float], ...] = tuple((token, -np.inf) for token in vocabulary.suppressed)
+
+    def row(self, context: int, index: int) -> Logits:
+        """The logits of batch row ``index``, (n_vocab,) float32: llama.cpp's own memory, until the next call."""
+        pointer = self._lib.llama_get_logits_ith(context, index)
+        assert pointer, f"row {index} has no logits"
+        address = ctypes.addressof(pointer.contents)
+        view = self._views.get(address)
+        if view is None:
+            if len(self._views) >= _MAX_VIEWS:
+                self._views.clear()
+            memory: Any = (ctypes.c_float * self._vocabulary.size).from_address(address)
+            view = np.frombuffer(memory, dtype=np.float32)
+            view.flags.writeable = False
+            self._views[address] = view
+        return view
+
+    def edited(self, row: Logits, edits: Sequence[Edit]) -> Logits:
+        """A copy of the row after these edits, until the next such call."""
+        np.copyto(self._edited, row)
+        for edit in edits:
+            edit.apply(self._edited)
+        return self._edited
+
+    def breakers_of(self, texts: tuple[str, ...]) -> Breakers:
+        """The sequence breakers of these texts; the last few are remembered."""
+        found = self._breakers.pop(texts, None)
+        if found is None:
+            if self._index is None:
+                self._index = BreakerIndex(self._vocabulary.whole_pieces(), self._vocabulary.tokenise_bytes)
+            found = self._index.find([text.encode("utf-8", "replace") for text in texts])
+        self._breakers[texts] = found
+        if len(self._breakers) > _MAX_BREAKERS_KEPT:
+            del self._breakers[next(iter(self._breakers))]
+        return found
+
+
+class SamplerChain:
+    """See the module.
+
+    Args:
+        history: the tokens of the sequence so far.
+    """
+
+    def __init__(self, settled: Settled, history: Sequence[int], workbench: Workbench) -> None:
+        self._settled = settled
+        self._workbench = workbench
+        self._edits: tuple[Edit, ...] = tuple(_edits_of(settled, history, workbench))
+        self._mirostat = (
+            Mirostat(settled.mirostat, settled.mirostat_tau, settled.mirostat_eta) if settled.mirostat else None
+        )
+
+    def sample(self, context: int, index: int, position: int) -> int:
+        """Draws from the logits of batch row ``index`` of the last call, and remembers the token.
+
+        Args:
+            context: the llama_context.
+            index: of a row that has logits.
+            position: of the drawn token in its sequence, prompt included.
+
+        Raises:
+            ServiceError: ``runner_failed``: the logits are no numbers.
+        """
+        return self.sample_row(self._workbench.row(context, index), position)
+
+    def sample_row(self, row: Logits, position: int) -> int:
+        """`sample` from a row, (n_vocab,) float32."""
+        if self._edits:
+            row = self._workbench.edited(row, self._edits)
+        token = _greedy(row) if self._settled.is_greedy else self._drawn(row, position)
+        for edit in self._edits:
+            edit.accept(token)
+        return token
+
+    def _drawn(self, row: Logits, position: int) -> int:
+        settled = self._settled
+        candidates = Candidates(row, _checked(float(row.max())), scratch=self._workbench.drawer.scratch)
+        if self._mirostat is not None:
+            temperature = np.float32(settled.temperature)
+            warmed = Candidates(row / temperature, float(np.float32(candidates.peak) / temperature))
+            return self._mirostat.draw(warmed, uniforms(settled.key, position).first)
+        if settled.top_n_sigma > 0:
+            candidates = filters.keep_top_n_sigma(candidates, settled.top_n_sigma)
+        if settled.top_k > 0:
+            candidates = filters.keep_top_k(candidates, settled.top_k)
+        if settled.typical_p < 1:
+            candidates = filters.keep_typical(candidates, settled.typical_p)
+        if settled.top_p < 1:
+            candidates = filters.keep_top_p(candidates, settled.top_p)
+        if settled.min_p > 0:
+            candidates = filters.keep_min_p(candidates, settled.min_p)
+        if settled.has_xtc and uniforms(settled.key, position, TURN_XTC).first <= settled.xtc_probability:
+            candidates = filters.cut_xtc(candidates, settled.xtc_threshold)
+        return self._workbench.drawer.draw(candidates, settled.temperature, settled.key, position)
+
+
+def _edits_of(settled: Settled, history: Sequence[int], workbench: Workbench) -> list[Edit]:
+    edits: list[Edit] = []
+    biases = (*settled.logit_bias, *workbench.suppressed)
+    if biases:
+        edits.append(Biases(biases))
+    if settled.mirostat and not settled.is_greedy:
+        return edits
+    if settled.has_penalties:
+        edits.append(
+            Penalties(
+                history,
+                look_back=settled.look_back,
+                repeat=settled.repeat_penalty,
+                frequency=settled.frequency_penalty,
+                presence=settled.presence_penalty,
+            )
+        )
+    if settled.dry is not None:
+        edits.append(_dry_of(settled.dry, history, workbench))
+    return edits
+
+
+def _dry_of(dry: SettledDry, history: Sequence[int], workbench: Workbench) -> Dry:
+    return Dry(
+        history,
+        look_back=dry.look_back,
+        multiplier=dry.multiplier,
+        base=dry.base,
+        allowed=dry.allowed,
+        breakers=workbench.breakers_of(dry.breakers),
+    )
+
+
+def _greedy(row: Logits) -> int:
+    best = int(row.argmax())
+    _checked(float(row[best]))
+    return best
+
+
+def _checked(peak: float) -> float:
+    """The greatest logit, if it is a number; of NaN among them numpy makes the greatest."""
+    if not np.isfinite(peak):
+        raise ServiceError(
+            "runner_failed",
+            f"the model's scores of the next token are no numbers (the greatest is {peak}): its weights are damaged, "
+            "or this backend computes them wrongly. Verify the file, or place the model on another backend.",
+        )
+    return peak
