@@ -8,9 +8,9 @@ the same number of tokens without sampling. Since our sequences begin to decode 
 the mean depth at which ours was counted.
 
     clock       seconds of                                                            for
-    wall        the machine's monotonic clock                                         a machine that does nothing else
-    processor   processor time of the side's process, by thread; theirs gets it in    a machine that others use; with one
-                place of its clock by LD_PRELOAD of a library compiled for the run    thread the same as wall on a quiet one
+    wall        the monotonic clock                                                   a machine that does nothing else
+    processor   processor time of the process by thread; theirs gets it in place of   a machine that others use; with one
+                its clock, by LD_PRELOAD of a library compiled for the run            thread the same as on a quiet one
 """
 
 from __future__ import annotations
