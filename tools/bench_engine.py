@@ -191,7 +191,10 @@ def report(outcome: Outcome) -> str:
     theirs = outcome.theirs_version or f"not measured: {BINARY} is not here (see --help)"
     return "\n".join(
         (
-            f"{Path(case.model).name}: {lengths}, {len(outcome.lines[0].ours)} rounds, {case.threads} threads, medians",
+            (
+                f"{Path(case.model).name}: {lengths}, {len(outcome.lines[0].ours)} rounds, {case.threads} threads, "
+                f"{case.clock} time, medians"
+            ),
             f"ours: {outcome.ours_version}; {layout}; sampling included",
             f"{BINARY}: {theirs}" + (f"; {layout}; no sampling" if outcome.theirs_version else ""),
             "",
@@ -248,6 +251,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--generated", type=int, default=64, help="generated tokens a sequence (default: 64)")
     add("--threads", type=int, default=0, help="of both sides (default: physical cores)")
     add("--layout", choices=["streams", "unified"], default="streams", help="of both caches")
+    add("--clock", choices=["wall", "processor"], default="wall", help="of both sides (default: wall; see bench_sides)")
     add("--binary", default="", help=f"path of {BINARY} (default: see above)")
     add("--wait-quiet", type=float, default=0.0, metavar="S", help="wait for a quiet machine before pairs, S s in all")
     add("--json", action="store_true", help="print every round as JSON")
@@ -283,6 +287,7 @@ def asked_run(flags: argparse.Namespace) -> Outcome:
         generated=flags.generated,
         layout=flags.layout,
         threads=flags.threads or physical_cores(),
+        clock=flags.clock,
     )
     both: tuple[Phase, ...] = ("prefill", "decode")
     phases: tuple[Phase, ...] = both if flags.phases == "both" else (flags.phases,)

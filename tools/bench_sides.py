@@ -6,6 +6,11 @@
 Ours is the runner's own engine thread (plan, run, apply, reports) without the bus, sampling included; theirs computes
 the same number of tokens without sampling. Since our sequences begin to decode one after the other, theirs decodes at
 the mean depth at which ours was counted.
+
+    clock       seconds of                                                            for
+    wall        the monotonic clock                                                   a machine that does nothing else
+    processor   processor time of the process by thread; theirs gets it in place of   a machine that others use; with one
+                its clock, by LD_PRELOAD of a library compiled for the run            thread the same as on a quiet one
 """
 
 from __future__ import annotations
@@ -22,9 +27,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, cast
 
 import msgspec
 
@@ -32,7 +38,8 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from skulk.batching.requests import BatchRequest, Emitted, Ended, RequestKey  # noqa: E402
-from skulk.clock import SystemClock  # noqa: E402
+from skulk.batching.step import StepPlan, StepResult  # noqa: E402
+from skulk.clock import Clock, SystemClock  # noqa: E402
 from skulk.engines.protocol import Engine, EngineInfo, LoadSpec, Progress  # noqa: E402
 from skulk.engines.registry import loader_for  # noqa: E402
 from skulk.node.processes import ENVIRONMENT  # noqa: E402
@@ -50,6 +57,18 @@ REPORT_S: Final = 300.0
 RUN_S: Final = 1800.0
 Phase = Literal["prefill", "decode"]
 Layout = Literal["streams", "unified"]
+TimeOf = Literal["wall", "processor"]
+
+# Takes the place of ggml's clock in the program that is measured.
+CLOCK_SOURCE: Final = """
+#include <stdint.h>
+#include <time.h>
+int64_t ggml_time_us(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return ((int64_t) t.tv_sec * 1000000 + t.tv_nsec / 1000) / THREADS;
+}
+"""
 
 
 class BenchError(Exception):
@@ -76,6 +95,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         backend: a tag; what isn't ``-cpu`` computes all layers on the GPU on both sides.
         threads: 0: physical cores.
         mode: a name of `MODES`.
+        clock: what seconds are counted; see the module.
         seed: prompts are random ids of it.
     """
 
@@ -90,6 +110,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     n_batch: int = 2048
     n_ubatch: int = 512
     mode: str = "greedy"
+    clock: TimeOf = "wall"
     seed: int = 1
 
     @property
@@ -123,6 +144,36 @@ class Mark(msgspec.Struct, frozen=True):
 
 
 # Our side
+
+
+class ProcessorClock:
+    """Processor time of this process, divided among its computing threads."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+
+    def now(self) -> float:
+        return time.process_time() / self._threads
+
+    def wall(self) -> float:
+        return time.time()
+
+
+class TimedEngine:
+    """An engine whose steps are timed by another clock, so that the planner's chunks follow what is measured."""
+
+    def __init__(self, engine: Engine, clock: Clock) -> None:
+        self._engine = engine
+        self._clock = clock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """See `Engine.run`."""
+        start = self._clock.now()
+        result = self._engine.run(plan)
+        return msgspec.structs.replace(result, elapsed_s=self._clock.now() - start)
 
 
 class Decoded(NamedTuple):
@@ -174,7 +225,7 @@ class Ours:
     """The runner's engine thread, driven without a runner. ``post`` is called on that thread, at the end of a turn."""
 
     def __init__(self, case: Case) -> None:
-        self._clock = SystemClock()
+        self._clock: Clock = ProcessorClock(case.threads) if case.clock == "processor" else SystemClock()
         self._random = random.Random(case.seed)
         self._case = case
         self._reports: queue.SimpleQueue[tuple[float, Report]] = queue.SimpleQueue()
@@ -188,7 +239,8 @@ class Ours:
         )  # fmt: skip
 
         def load(progress: Progress) -> Engine:
-            return loader_for(spec.backend)(spec, progress)
+            engine = loader_for(spec.backend)(spec, progress)
+            return cast("Engine", TimedEngine(engine, self._clock)) if case.clock == "processor" else engine
 
         def shape(info: EngineInfo) -> Any:
             return shape_of(info, runner)
@@ -317,9 +369,9 @@ def ours_apart(case: Case) -> Measured:
         return msgspec.json.decode(Path(file.name).read_bytes(), type=Measured)
 
 
-def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def _run(command: Sequence[str], more: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Runs one side in the environment that a node gives its runners: threads that wait for each other sleep soon."""
-    environment = {**os.environ, **ENVIRONMENT}
+    environment = {**os.environ, **ENVIRONMENT, **(more or {})}
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=RUN_S, env=environment)
 
 
@@ -361,14 +413,35 @@ def parse_theirs(output: str, phase: Phase) -> Measured:
 
 def measure_theirs(binary: str, case: Case, depth: int = 0) -> Measured:
     """One phase by `llama-batched-bench`; see `their_command` for ``depth``."""
-    done = _run(their_command(binary, case, depth))
+    command = their_command(binary, case, depth)
+    if case.clock == "wall":
+        done = _run(command)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            done = _run(command, {"LD_PRELOAD": str(processor_clock(Path(folder), case.threads))})
     if done.returncode != 0:
         raise BenchError(f"{BINARY} failed (status {done.returncode}): {done.stderr.strip()[-2000:]}")
     return parse_theirs(done.stdout, case.phase)
 
 
+def processor_clock(folder: Path, threads: int) -> Path:
+    """Compiles the library that tells ggml processor time.
+
+    Raises:
+        BenchError: there is no C compiler, or it fails.
+    """
+    source, library = folder / "clock.c", folder / "clock.so"
+    source.write_text(CLOCK_SOURCE.replace("THREADS", str(threads)))
+    try:
+        command = ["cc", "-O2", "-shared", "-fPIC", "-o", str(library), str(source)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BenchError(f"the processor clock needs a C compiler named cc: {error}") from error
+    return library
+
+
 def their_version(binary: str) -> str:
-    """What it says of itself; a build from a source package knows no number and the package that holds it does."""
+    """What it says of itself."""
     done = subprocess.run([binary, "--version"], check=False, capture_output=True, text=True, timeout=60)
     match = re.search(r"version:\s*(.+)", done.stdout + done.stderr)
     return f"llama.cpp {match[1].strip()}" if match else "llama.cpp of unknown version"

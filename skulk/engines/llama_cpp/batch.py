@@ -24,8 +24,15 @@ class Batch:
         self._outputs = np.zeros(capacity, dtype=np.int8)
         # Each token points at the id of its one sequence.
         self._sequence_ids = np.arange(n_parallel, dtype=np.int32)
+        base, size = self._sequence_ids.ctypes.data, self._sequence_ids.itemsize
+        self._addresses = [base + slot * size for slot in range(n_parallel)]
         self._pointers = np.zeros(capacity, dtype=np.uintp)
         self._counting = np.arange(capacity, dtype=np.int32)
+        # The same memory for single tokens: a decode row costs half a microsecond, by slices of arrays five.
+        self._token_at = self._tokens.data
+        self._position_at = self._positions.data
+        self._output_at = self._outputs.data
+        self._pointer_at = self._pointers.data
         lib: Any = library()
         self._native: Any = lib.llama_batch(
             0,
@@ -45,19 +52,27 @@ class Batch:
         """
         end = 0
         sampled: dict[int, int] = {}
-        item_size = self._sequence_ids.itemsize
         for row in rows:
             start, end = end, end + len(row.tokens)
             assert end <= self.capacity, f"{end} tokens in a batch of {self.capacity}"
-            self._tokens[start:end] = row.tokens
-            np.add(self._counting[: end - start], row.start, out=self._positions[start:end])
-            self._pointers[start:end] = self._sequence_ids.ctypes.data + row.slot * item_size
-            self._outputs[start:end] = 0
+            if end - start == 1:
+                self._token_at[start] = row.tokens[0]
+                self._position_at[start] = row.start
+                self._pointer_at[start] = self._addresses[row.slot]
+                self._output_at[start] = row.sample
+            else:
+                self._fill_many(row, start, end)
             if row.sample:
-                self._outputs[end - 1] = 1
                 sampled[row.slot] = end - 1
         self._native.n_tokens = end
         return sampled
+
+    def _fill_many(self, row: StepRow, start: int, end: int) -> None:
+        self._tokens[start:end] = row.tokens
+        np.add(self._counting[: end - start], row.start, out=self._positions[start:end])
+        self._pointers[start:end] = self._addresses[row.slot]
+        self._outputs[start:end] = 0
+        self._outputs[end - 1] = row.sample
 
     @property
     def native(self) -> Any:
