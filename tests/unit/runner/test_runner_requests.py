@@ -283,9 +283,7 @@ async def test_a_resumed_answer_goes_on_where_it_was(tmp_path: Path) -> None:
 class PickyEngine(Wrapped):
     """Refuses to begin sequences with a seed."""
 
-    def begin(
-        self, slot: int, sampling: Sampling, history: Sequence[int], *, choice: int = 0, parked: int = 0
-    ) -> None:
+    def begin(self, slot: int, sampling: Sampling, history: Sequence[int], *, choice: int = 0, parked: int = 0) -> None:
         if sampling.seed is not None and choice == 1:
             raise RequestError("invalid_request", "no seeds, please", param="seed")
         self._engine.begin(slot, sampling, history, choice=choice, parked=parked)
