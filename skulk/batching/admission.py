@@ -39,6 +39,7 @@ class BatchShape(msgspec.Struct, frozen=True, kw_only=True):
         vocabulary_size: ids are below it.
         is_unified: one cache that all sequences share; else a stream of ``n_ctx`` cells each.
         reuse: what can be taken over of a sequence's computed tokens.
+        shares_cells: what is taken of a unified cache are the same cells; else copies in cells of their own.
         park_bytes: host memory for states that are set aside; one takes `parked_size`.
     """
 
@@ -51,6 +52,7 @@ class BatchShape(msgspec.Struct, frozen=True, kw_only=True):
     vocabulary_size: int
     is_unified: bool = False
     reuse: Reuse = "none"
+    shares_cells: bool = True
     park_bytes: int = 0
     state_bytes: int = 0
     token_bytes: int = 0

@@ -219,7 +219,8 @@ class _Draft:
         """Whether it can begin beside the running ones without making one of them yield soon."""
         if not self.running:
             return True
-        taken = source.count if source is not None and source.kind == "running" else 0
+        is_shared = source is not None and source.kind == "running" and self.shape.shares_cells
+        taken = source.count if source is not None and is_shared else 0
         open_prompts = sum(one.gap for one in self.running.values() if not one.is_decoding)
         answers = sum(min(one.may_need, RESERVE) for one in (*self.running.values(), seq))
         return self.used_by_running() + open_prompts + answers + seq.known - taken <= self.shape.kv_cells
@@ -274,13 +275,17 @@ class _Draft:
             held = self.idle[source.id].cells
         else:
             held = self.running[source.id].cells
+        if self.shape.shares_cells:
+            cells = beginning(held, source.count)
+        else:
+            cells = self.fresh_cells(source.count, but=source.id if source.kind == "idle" else -1)
         self.operations.append(Share(source=source.id, slot=slot, count=source.count))
-        return slot, beginning(held, source.count)
+        return slot, cells
 
-    def fresh_cells(self, count: int) -> Cells:
-        """Cells that nobody shares; room for them is made, for they are filled at once."""
+    def fresh_cells(self, count: int, but: int = -1) -> Cells:
+        """Cells that nobody shares; room for them is made, but not in slot ``but``, for they are filled at once."""
         while self.shape.is_unified and self.used() + count > self.shape.kv_cells:
-            oldest = self.oldest_idle()
+            oldest = self.oldest_idle(but)
             assert oldest is not None, "started without cells"
             self.evict(oldest)
         return Cells((Segment(self.fresh_id(), count),), may_grow=True)
@@ -290,6 +295,9 @@ class _Draft:
         if all(slot in self.running or slot == source.id for slot in range(self.shape.n_parallel)):
             return True
         length = len(self.idle[source.id].tokens)
+        is_copied = self.shape.is_unified and not self.shape.shares_cells
+        if is_copied and self.used_by_running() + length + source.count > self.shape.kv_cells:
+            return True
         if self.shape.reuse == "whole":
             return False
         return source.count == length if self.shape.is_unified else 2 * source.count >= length

@@ -63,6 +63,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
         has_template: False: the plain template is used, with a warning.
         is_unified: one cache that all sequences share; else one stream each.
         reuse: what can be taken over of a sequence's computed tokens, as tried at load.
+        shares_cells: sequences of a unified cache can hold the same cells; else `share` fills as many again.
         state_bytes: what a parked state takes, and ``token_bytes`` more for each of its tokens.
         n_threads: of the processor that it computes with; 0: it computes elsewhere.
         cell_s: seconds that a cell of a unified cache, used or not, adds to each row of a decode step; 0: unknown.
@@ -80,6 +81,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     kv_cells: int = 0
     is_unified: bool = False
     reuse: Reuse = "none"
+    shares_cells: bool = True
     state_bytes: int = 0
     token_bytes: int = 0
     n_threads: int = 0

@@ -60,6 +60,7 @@ def shape_of(info: EngineInfo, spec: RunnerSpec) -> BatchShape:
         vocabulary_size=info.vocabulary_size,
         is_unified=info.is_unified,
         reuse=info.reuse,
+        shares_cells=info.shares_cells,
         park_bytes=load.park_bytes,
         state_bytes=info.state_bytes,
         token_bytes=info.token_bytes,

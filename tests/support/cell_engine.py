@@ -65,7 +65,8 @@ class CellEngine:
             case Share(source=source, slot=slot, count=count):
                 self._check_take(slot, count, len(self.holds[source]))
                 taken = self.holds[source][:count]
-                self.holds[slot] = taken if self.shape.is_unified else [Cell(cell.token) for cell in taken]
+                is_shared = self.shape.is_unified and self.shape.shares_cells
+                self.holds[slot] = taken if is_shared else [Cell(cell.token) for cell in taken]
             case Move(source=source, slot=slot):
                 assert not self.shape.is_unified
                 assert not self.holds[slot]

@@ -1,6 +1,6 @@
 """Writes small GGUF files, and copies of real ones with other metadata. Independent of the reader under test.
 
-gguf_bytes(metadata, tensors)            a whole file, tensor data zero
+gguf_bytes(metadata, tensors)            a whole file, tensor data zero unless told
 llama_metadata()                         what a small llama's header says
 with_metadata(source, target, changes)   a copy with pairs changed, added or (None) removed
 vocabulary_file(...)                     a model of a vocabulary alone, as llama.cpp loads with vocab_only
@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -80,18 +80,28 @@ def padding(length: int, alignment: int = ALIGNMENT) -> bytes:
     return b"\0" * (-length % alignment)
 
 
-def gguf_bytes(metadata: Mapping[str, Any], tensors: Sequence[Tensor] = (), *, version: int = 3) -> bytes:
-    """A whole file; tensor data is zeros."""
+def zeros(tensor: Tensor) -> bytes:
+    return b"\0" * tensor.size_bytes
+
+
+def gguf_bytes(
+    metadata: Mapping[str, Any],
+    tensors: Sequence[Tensor] = (),
+    *,
+    version: int = 3,
+    values: Callable[[Tensor], bytes] = zeros,
+) -> bytes:
+    """A whole file; ``values`` gives each tensor's data."""
     head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(metadata))
     head += b"".join(pair(key, value) for key, value in metadata.items())
-    data = b""
+    data = bytearray()
     for tensor in tensors:
         head += text(tensor.name) + struct.pack("<I", len(tensor.shape))
         head += struct.pack(f"<{len(tensor.shape)}Q", *tensor.shape)
         head += struct.pack("<IQ", tensor.type_number, len(data))
-        data += b"\0" * tensor.size_bytes
+        data += values(tensor)
         data += padding(len(data))
-    return head + padding(len(head)) + data
+    return head + padding(len(head)) + bytes(data)
 
 
 def llama_metadata(**changes: Any) -> dict[str, Any]:
@@ -182,8 +192,8 @@ def _tensor_infos(head: bytes, start: int, count: int) -> tuple[bytes, int]:
     return head[start:position], position
 
 
-def vocabulary_file(path: Path) -> Path:
-    """A SentencePiece vocabulary without a model: bytes, letters, spaces and two control tokens; it adds BOS."""
+def vocabulary_metadata() -> dict[str, Any]:
+    """A small SentencePiece vocabulary: bytes, letters, spaces and two control tokens; it adds BOS."""
     tokens = ["<unk>", "<s>", "</s>"]
     kinds = [2, 3, 3]
     tokens += [f"<0x{byte:02X}>" for byte in range(256)]
@@ -191,19 +201,19 @@ def vocabulary_file(path: Path) -> Path:
     words = ["▁", "▁a", "a", "b", "ab", "▁ab", "c", "▁c", "<", ">", "s", "/"]
     tokens += words
     kinds += [1] * len(words)
-    path.write_bytes(
-        gguf_bytes(
-            {
-                "general.architecture": "llama",
-                "tokenizer.ggml.model": "llama",
-                "tokenizer.ggml.tokens": tokens,
-                "tokenizer.ggml.scores": [float(-rank) for rank in range(len(tokens))],
-                "tokenizer.ggml.token_type": kinds,
-                "tokenizer.ggml.bos_token_id": 1,
-                "tokenizer.ggml.eos_token_id": 2,
-                "tokenizer.ggml.unknown_token_id": 0,
-                "tokenizer.ggml.add_bos_token": True,
-            }
-        )
-    )
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [float(-rank) for rank in range(len(tokens))],
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.add_bos_token": True,
+    }
+
+
+def vocabulary_file(path: Path) -> Path:
+    """A small vocabulary without a model."""
+    path.write_bytes(gguf_bytes({"general.architecture": "llama", **vocabulary_metadata()}))
     return path

@@ -228,6 +228,7 @@ class LlamaCppEngine:
             self._info,
             is_unified=self._layout.unified,
             reuse=reuse,
+            shares_cells=self._memory.shares_cells,
             state_bytes=size if count == chunk else max(0, size - token_bytes * chunk),
             token_bytes=token_bytes,
             cell_s=cell_s,

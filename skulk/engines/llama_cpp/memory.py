@@ -1,13 +1,15 @@
 """The cells of a llama context, by slot: what is computed there, what others take of it, and copies in host memory.
 
     unified    share: the same cells get a second sequence id; nothing is copied (``llama_memory_seq_cp``)
+               with a sliding window: as in streams, for cells of two ids are never used again behind the window,
+               and the window's cache, which is small, would fill up
     streams    share and move: the source's state is copied through host memory and cut there: a partial
                ``llama_memory_seq_cp`` between streams aborts the process, and a whole one copies the whole buffer
 
 Whether states can be cut is found out at load and by position: some models' memory answers "removed" or "copied" and
 then computes wrong logits. A beginning of ``count`` tokens is good when memory holds the positions 0 to ``count - 1``,
-a whole state when it has the positions that it was copied at. Models with a sliding window that is shorter than the
-context forget what lies before it, so they are whole states too.
+a whole state when it has the positions that it was copied at, but for those behind a sliding window. Models whose
+window is shorter than the context forget what lies before it, so they are whole states too.
 """
 
 from __future__ import annotations
@@ -59,6 +61,11 @@ class SequenceMemory:
         self._positions = [0] * n_parallel
         self._parked: dict[int, State] = {}
 
+    @property
+    def shares_cells(self) -> bool:
+        """Whether sequences of a unified cache hold the same cells after `share`."""
+        return not self._forgets
+
     def position(self, slot: int) -> int:
         """Tokens computed in this slot."""
         return self._positions[slot]
@@ -88,7 +95,7 @@ class SequenceMemory:
         assert source != slot
         assert 0 < count <= self._positions[source]
         self._check_empty(slot)
-        if not self._is_unified:
+        if not (self._is_unified and self.shares_cells):
             self._put(self._copied(source), slot, count)
         elif not self._copy(source, slot, count):
             raise _broken(f"slot {slot} could not take {count} tokens of slot {source}")
@@ -161,10 +168,20 @@ class SequenceMemory:
         if not self._lib.llama_state_seq_set_data(self._context, _bytes(state.data), len(state.data), slot):
             raise _broken(f"a state of {state.length} tokens found no room in slot {slot}")
         self._positions[slot] = state.length
-        if self._span(slot) != state.span:
+        if not self._is_back(slot, state.span):
             raise _broken(f"slot {slot} did not come back to its {state.length} tokens")
         if count < state.length:
             self.keep(slot, count)
+
+    def _is_back(self, slot: int, copied: Span) -> bool:
+        """Whether the slot has the positions that were copied, but for those that no later token sees.
+
+        A sliding window's cells stay until their place is needed; a copy leaves out those behind the window.
+        """
+        span = self._span(slot)
+        return span.last == copied.last and (
+            span.first == copied.first or (self._forgets and copied.first < span.first <= span.last)
+        )
 
     def _span(self, slot: int) -> Span:
         return Span(

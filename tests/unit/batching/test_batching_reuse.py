@@ -235,6 +235,27 @@ class TestUnified:
         assert idle_limit(rate, cell_s=1e-6, rows=0) is None
         assert idle_limit(Rate(), cell_s=1e-6, rows=4) is None
 
+    def test_where_cells_cannot_be_shared_they_are_copied_into_others(self) -> None:
+        """A fork fills as many cells again, so fewer sequences run side by side; none fails."""
+        played = table(n_ctx=400, kv_cells=600, n_parallel=3, reuse="whole", shares_cells=False)
+        prompts = {name: (*text(1, 150), *text(index, 20)) for index, name in enumerate("abc")}
+        played.add(*(asked(name, prompt, 100) for name, prompt in prompts.items()))
+        played.play()
+        assert [played.cached(name) for name in "abc"] == [0, 150, 150]
+        for name, prompt in prompts.items():
+            assert played.tokens(name) == answer_to(prompt, 100)
+
+    def test_a_copy_that_finds_no_room_beside_its_source_takes_its_place(self) -> None:
+        played = table(n_ctx=400, kv_cells=400, n_parallel=3, reuse="whole", shares_cells=False)
+        played.add(asked("first", text(1, 250)))
+        played.play()
+        turn = (*text(1, 250), *played.tokens("first"), *text(2, 30))
+        played.add(asked("second", turn))
+        played.play()
+        assert played.cached("second") == 255
+        assert played.count(Share) == 0
+        assert played.tokens("second") == answer_to(turn, 6)
+
 
 class TestStreams:
     def test_running_streams_stay_neighbours(self) -> None:
@@ -352,20 +373,30 @@ PROMPTS = st.lists(
 
 
 @settings(deadline=None, max_examples=150)
-@given(PROMPTS, st.integers(1, 4), st.integers(0, 3), st.sampled_from(["cut", "whole", "none"]), st.integers(0, 500))
-@example([(0, 180, 30, 60, 1, 0, None), (0, 180, 20, 60, 3, 1, None), (1, 90, 9, 60, 2, 2, 20)], 3, 0, "cut", 100)
+@given(
+    PROMPTS,
+    st.integers(1, 4),
+    st.integers(0, 3),
+    st.sampled_from(["cut", "whole", "none"]),
+    st.integers(0, 500),
+    st.booleans(),
+)
+@example([(0, 180, 30, 60, 1, 0, None), (0, 180, 20, 60, 3, 1, None), (1, 90, 9, 60, 2, 2, 20)], 3, 0, "cut", 100, True)
+@example([(0, 180, 30, 60, 1, 0, None), (0, 180, 20, 60, 1, 40, None)], 3, 0, "whole", 0, False)
 def test_every_answer_is_the_one_alone(
     prompts: list[tuple[int, int, int, int, int, int, int | None]],
     n_parallel: int,
     spare: int,
     reuse: Reuse,
     park_tokens: int,
+    shares_cells: bool,
 ) -> None:
     """Random arrivals, cancels, beginnings in common, in caches that are too small for all: nobody fails or starves."""
     n_ctx = 320
     cells = n_ctx + spare * 130
     played = table(
         reuse=reuse,
+        shares_cells=shares_cells,
         park_tokens=park_tokens,
         n_ctx=n_ctx,
         n_parallel=n_parallel,
