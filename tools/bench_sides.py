@@ -9,7 +9,7 @@ the mean depth at which ours was counted.
 
     clock       seconds of                                                            for
     wall        the monotonic clock                                                   a machine that does nothing else
-    processor   processor time of the process by thread; theirs gets it in place of   a machine that others use; with one
+    processor   processor time of the process by thread; theirs gets it in place of   a machine that others use; one
                 its clock, by LD_PRELOAD of a library compiled for the run            thread the same as on a quiet one
 """
 
