@@ -22,6 +22,7 @@ from skulk.bus.nats_bus import NatsBus, parse_addresses
 from skulk.bus.replica import Replica
 from skulk.bus.subjects import MASTER_PLACE
 from skulk.cli.gateway_watch import GatewayWatch
+from skulk.cli.mesh import Mesh, known_at_start, routes_of
 from skulk.cli.node_file import NodeFile, remove_node_file, write_node_file
 from skulk.clock import Clock, SystemClock
 from skulk.errors import SkulkError, StartError, error_of
@@ -40,7 +41,7 @@ from skulk.settings import Settings
 from skulk.supervision.child import Child, ChildSpec, Ready
 from skulk.supervision.home import ChildLedger, HomeLock, reap_leftovers
 from skulk.supervision.nats_binary import usable_nats_server
-from skulk.supervision.nats_config import NatsServerConfig, route_credentials
+from skulk.supervision.nats_config import NatsServerConfig, RouteTls, route_credentials
 from skulk.supervision.nats_server import NatsEndpoint, NatsServer
 from skulk.supervision.restarts import GiveUp
 from skulk.supervision.supervisor import Supervised
@@ -152,6 +153,29 @@ def nats_options(address: BusAddress) -> str:
     return f"-s {shown_url(address.url)}{password}"
 
 
+def route_tls(settings: Settings) -> RouteTls | None:
+    """TLS between servers, as it was told; None without.
+
+    Raises:
+        StartError: ``config_invalid``: one of the three files isn't named, or isn't there.
+    """
+    files = {
+        "SKULK_TLS_CERT": settings.tls_cert,
+        "SKULK_TLS_KEY": settings.tls_key,
+        "SKULK_TLS_CA": settings.tls_ca,
+    }
+    if not any(files.values()):
+        return None
+    for name, path in files.items():
+        if not path:
+            raise StartError("config_invalid", f"{name} is missing: TLS for routes takes {', '.join(files)} together.")
+        if not Path(path).is_file():
+            raise StartError(
+                "config_invalid", f"{name}: {path} is no file; nats-server needs it for TLS of its routes."
+            )
+    return RouteTls(cert_file=settings.tls_cert, key_file=settings.tls_key, ca_file=settings.tls_ca)
+
+
 def _catalogue(settings: Settings) -> Catalogue:
     catalogue = Catalogue(
         Path(settings.models_dir),
@@ -185,6 +209,8 @@ class _Launcher:
         self._ledger = ChildLedger(self._home)
         self._gateway_id = f"gw-{identity.node_id}"
         self._endpoint: NatsEndpoint | None = None
+        self._mesh: Mesh | None = None
+        self._may_meet_others = True
         self._api: str | None = None
         self._api_port = settings.api_port
 
@@ -220,19 +246,26 @@ class _Launcher:
             return BusAddress(url=settings.nats_url)
         binary = await asyncio.to_thread(usable_nats_server, settings.nats_server)
         routes = route_credentials(settings.cluster_token) if settings.cluster_token else None
+        known, kept = known_at_start(settings, self._identity.node_id)
+        self._may_meet_others = not settings.local or bool(settings.bootstrap_peers or known.neighbours)
         config = NatsServerConfig(
             server_name=f"skulk-{self._identity.node_id}",
             cluster_name=f"skulk-{settings.cluster}",
             client_password=client_password(settings.cluster_token),
             client_port=settings.nats_port,
             route_port=settings.route_port,
+            routes=routes_of(known),
+            advertise=settings.route_advertise,
+            tls=route_tls(settings),
             route_user="" if routes is None else routes.user,
             route_password="" if routes is None else routes.password,
             local=settings.local,
         )
-        server = NatsServer(binary, self._home, config, ledger=self._ledger, clock=self._clock)
+        server = NatsServer(binary, self._home, config, ledger=self._ledger, kept=kept, clock=self._clock)
         self._keep("nats-server", server.run(), server.stop)
         self._endpoint = endpoint = await server.wait_ready()
+        self._mesh = mesh = Mesh(settings, known, config, server, endpoint, self._clock, name=self._identity.name)
+        self._spawn("mesh", mesh.run())
         password = endpoint.password
         return BusAddress(url=endpoint.client_url, user=endpoint.user if password else "", password=password)
 
@@ -266,7 +299,7 @@ class _Launcher:
             self._clock,
             node_id=identity.node_id,
             incarnation=identity.incarnation,
-            patience_s=0.0 if self._is_alone() else ELECTION_PATIENCE_S,
+            patience_s=ELECTION_PATIENCE_S if self._may_meet_others else 0.0,
             rules=Rules(replace_after_s=settings.replace_after_s, default_parallel=settings.parallel),
         )
         node = Node(
@@ -278,16 +311,18 @@ class _Launcher:
             hosting=Hosting(bus, self._clock, identity.node_id, machine),
             state_file=StateFile(self._home),
             authority=lambda: master.state,
-            roles=lambda: NodeRoles(version=__version__, role=settings.participation, api=self._api),
+            roles=self._roles,
         )
+        if self._mesh is not None:
+            self._mesh.follow(lambda: [node.beat for node in replica.view.nodes.values()])
         self._spawn("replica", replica.run())
         self._spawn("master", master.run())
         self._spawn("node", node.run())
         self._spawn("meter", meter.run())
 
-    def _is_alone(self) -> bool:
-        """Whether no other node can be met, so that nobody needs to be waited for."""
-        return self._settings.local and not self._settings.bootstrap_peers and not self._settings.nats_url
+    def _roles(self) -> NodeRoles:
+        routes = () if self._mesh is None else self._mesh.routes
+        return NodeRoles(version=__version__, role=self._settings.participation, routes=routes, api=self._api)
 
     async def _start_gateway(self, address: BusAddress) -> None:
         gateway = Supervised(
