@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import re
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -23,6 +22,7 @@ from skulk.bus.replica import Replica
 from skulk.bus.subjects import MASTER_PLACE
 from skulk.cli.gateway_watch import GatewayWatch
 from skulk.cli.mesh import Mesh, known_at_start, routes_of
+from skulk.cli.nats_settings import server_config
 from skulk.cli.node_file import NodeFile, remove_node_file, write_node_file
 from skulk.clock import Clock, SystemClock
 from skulk.errors import SkulkError, StartError, error_of
@@ -41,7 +41,6 @@ from skulk.settings import Settings
 from skulk.supervision.child import Child, ChildSpec, Ready
 from skulk.supervision.home import ChildLedger, HomeLock, reap_leftovers
 from skulk.supervision.nats_binary import usable_nats_server
-from skulk.supervision.nats_config import NatsServerConfig, RouteTls, route_credentials
 from skulk.supervision.nats_server import NatsEndpoint, NatsServer
 from skulk.supervision.restarts import GiveUp
 from skulk.supervision.supervisor import Supervised
@@ -58,7 +57,6 @@ ELECTION_PATIENCE_S: Final = 1.5
 GATEWAY_DRAIN_S: Final = 5.0
 VERIFIED_FILE: Final = "verified.json"
 CARDS_FOLDER: Final = "cards"
-_LIKE_BCRYPT: Final = re.compile(r"\$2[abxy]?\$")
 
 
 class Running:
@@ -122,23 +120,6 @@ async def launch(settings: Settings) -> AsyncGenerator[Running]:
         yield running
 
 
-def client_password(token: str) -> str:
-    """The password of the bus's clients: the cluster's token as it is, so that a person can show it too.
-
-    Raises:
-        StartError: ``config_invalid``: nats-server would read it as something else.
-    """
-    if not token.isprintable():
-        raise StartError("config_invalid", "SKULK_CLUSTER_TOKEN holds a control character; choose one without.")
-    if _LIKE_BCRYPT.match(token):
-        raise StartError(
-            "config_invalid",
-            f"SKULK_CLUSTER_TOKEN begins with {token[:4]!r}, which nats-server takes for the hash of a password; "
-            "choose one that begins otherwise.",
-        )
-    return token
-
-
 def shown_url(url: str) -> str:
     """A bus's addresses without credentials."""
     urls = (urlsplit(address.url) for address in parse_addresses(url))
@@ -151,29 +132,6 @@ def nats_options(address: BusAddress) -> str:
         return '-s "$SKULK_NATS_URL"'
     password = f' --user {address.user} --password "$SKULK_CLUSTER_TOKEN"' if address.password else ""
     return f"-s {shown_url(address.url)}{password}"
-
-
-def route_tls(settings: Settings) -> RouteTls | None:
-    """TLS between servers, as it was told; None without.
-
-    Raises:
-        StartError: ``config_invalid``: one of the three files isn't named, or isn't there.
-    """
-    files = {
-        "SKULK_TLS_CERT": settings.tls_cert,
-        "SKULK_TLS_KEY": settings.tls_key,
-        "SKULK_TLS_CA": settings.tls_ca,
-    }
-    if not any(files.values()):
-        return None
-    for name, path in files.items():
-        if not path:
-            raise StartError("config_invalid", f"{name} is missing: TLS for routes takes {', '.join(files)} together.")
-        if not Path(path).is_file():
-            raise StartError(
-                "config_invalid", f"{name}: {path} is no file; nats-server needs it for TLS of its routes."
-            )
-    return RouteTls(cert_file=settings.tls_cert, key_file=settings.tls_key, ca_file=settings.tls_ca)
 
 
 def _catalogue(settings: Settings) -> Catalogue:
@@ -245,22 +203,9 @@ class _Launcher:
         if settings.nats_url:
             return BusAddress(url=settings.nats_url)
         binary = await asyncio.to_thread(usable_nats_server, settings.nats_server)
-        routes = route_credentials(settings.cluster_token) if settings.cluster_token else None
         known, kept = known_at_start(settings, self._identity.node_id)
         self._may_meet_others = not settings.local or bool(settings.bootstrap_peers or known.neighbours)
-        config = NatsServerConfig(
-            server_name=f"skulk-{self._identity.node_id}",
-            cluster_name=f"skulk-{settings.cluster}",
-            client_password=client_password(settings.cluster_token),
-            client_port=settings.nats_port,
-            route_port=settings.route_port,
-            routes=routes_of(known),
-            advertise=settings.route_advertise,
-            tls=route_tls(settings),
-            route_user="" if routes is None else routes.user,
-            route_password="" if routes is None else routes.password,
-            local=settings.local,
-        )
+        config = server_config(settings, self._identity.node_id, routes_of(known))
         server = NatsServer(binary, self._home, config, ledger=self._ledger, kept=kept, clock=self._clock)
         self._keep("nats-server", server.run(), server.stop)
         self._endpoint = endpoint = await server.wait_ready()

@@ -67,7 +67,7 @@ def known_at_start(settings: Settings, node_id: str) -> tuple[Known, NatsPorts]:
         bootstrap=tuple(route for route in settings.bootstrap_peers if not settings.local or is_loopback_route(route)),
         neighbours={one.node_id: one for one in remembered.peers if one.node_id != node_id},
     )
-    return with_plan(known, frozenset()), NatsPorts(route=remembered.route_port)
+    return with_plan(known, {}), NatsPorts(route=remembered.route_port)
 
 
 def routes_of(known: Known) -> tuple[str, ...]:
@@ -133,6 +133,7 @@ class Mesh:
         self._saved: Remembered | None = None
         self._dialled_anew: dict[str, float] = {}
         self.routes = own_routes(settings, self._port, addresses)
+        self._dialled: dict[str, str] = {}
         self.joined: frozenset[str] = frozenset()
 
     def follow(self, beats: Callable[[], Iterable[NodeBeat]]) -> None:
@@ -142,6 +143,10 @@ class Mesh:
     def heard(self, node_id: str, routes: tuple[str, ...], now: float, name: str = "") -> None:
         """Takes in a node's routes; ``now`` in seconds since the epoch."""
         self._set(with_heard(self._known, node_id, routes, now, name))
+
+    def standings(self) -> tuple[Standing, ...]:
+        """How it stands with each peer now."""
+        return standings(self._known, self.joined, self._clock.now())
 
     async def run(self) -> None:
         """Keeps the routes up until cancelled."""
@@ -215,7 +220,7 @@ class Mesh:
             for beat in self._beats():
                 self.heard(beat.node_id, beat.routes, self._clock.wall(), beat.name)
             if await self._look():
-                self._set(with_plan(without_old(self._known, self._clock.wall()), self.joined))
+                self._set(with_plan(without_old(self._known, self._clock.wall()), self._dialled))
                 await self._apply()
                 self._tell()
                 self._save()
@@ -229,7 +234,8 @@ class Mesh:
             servers = await joined_servers(self._monitor_port)
         except OSError:
             return False
-        self.joined = frozenset(name.removeprefix(SERVER_PREFIX) for name in servers)
+        self._dialled = {name.removeprefix(SERVER_PREFIX): route for name, route in servers.items()}
+        self.joined = frozenset(self._dialled)
         return True
 
     async def _apply(self) -> None:
@@ -263,7 +269,7 @@ class Mesh:
     # What a person and the next start are told
 
     def _tell(self) -> None:
-        found = {one.peer: one for one in standings(self._known, self.joined, self._clock.now())}
+        found = {one.peer: one for one in self.standings()}
         for peer, one in found.items():
             before = self._told.get(peer)
             if before is None or (before.state, before.problem) != (one.state, one.problem):

@@ -11,7 +11,7 @@ has one route in the configuration, and this module chooses another one when it 
 
 | a peer's route is                                         | because                                                |
 |-----------------------------------------------------------|--------------------------------------------------------|
-| the one it has, also one that is no longer told           | it is joined: changing it would cut the connection     |
+| the one it has, also one that is no longer told           | it is joined by it: a change would cut the connection  |
 | the first that answers as this peer                       | it isn't joined                                        |
 | the one it has, else the first                            | none answers: nats-server dials it until it does       |
 | none                                                      | refused, or only foreign answers                       |
@@ -88,7 +88,7 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         node_id: its own.
         local: the cluster lives on loopback.
-        has_token: no address is dialled before its server was asked: dialling shows the routes' password.
+        has_token: a stranger's address isn't dialled before its server was asked: dialling shows the routes' password.
         bootstrap: routes that a person gave.
         neighbours: by node id.
         refused: by node id.
@@ -175,19 +175,24 @@ def without_old(known: Known, now: float) -> Known:
     return known if len(kept) == len(known.neighbours) else msgspec.structs.replace(known, neighbours=kept)
 
 
-def with_plan(known: Known, joined: Set[str]) -> Known:
+def with_plan(known: Known, joined: Mapping[str, str]) -> Known:
     """With the routes that are to be dialled chosen anew; itself where they stay."""
     chosen = plan(known, joined)
     return known if chosen == known.chosen else msgspec.structs.replace(known, chosen=chosen)
 
 
-def plan(known: Known, joined: Set[str]) -> dict[str, str]:
-    """The one route of each peer, by the table above; ``joined``: node ids with a connection now."""
+def plan(known: Known, joined: Mapping[str, str]) -> dict[str, str]:
+    """The one route of each peer, by the table above.
+
+    Args:
+        known: what is known.
+        joined: the nodes with a connection now, and by which address we dialled each; empty: it dialled us.
+    """
     chosen: dict[str, str] = {}
     for peer, routes in targets(known).items():
         if peer in known.refused and peer not in joined:
             continue
-        route = _route_of(known, peer, routes, is_joined=peer in joined)
+        route = _route_of(known, peer, routes, joined.get(peer))
         if route is not None:
             chosen[peer] = route
     return chosen
@@ -256,9 +261,9 @@ def _routes(known: Known) -> Iterator[str]:
         yield from one.routes
 
 
-def _route_of(known: Known, peer: str, routes: tuple[str, ...], *, is_joined: bool) -> str | None:
+def _route_of(known: Known, peer: str, routes: tuple[str, ...], dialled: str | None) -> str | None:
     before = known.chosen.get(peer)
-    if is_joined and before is not None:
+    if dialled is not None and before is not None and (before in routes or before == dialled):
         return before
     allowed = [route for route in routes if not _is_barred(known, peer, route)]
     answering = (route for route in allowed if _is_open(known.answers.get(route)))
@@ -271,8 +276,10 @@ def _is_open(answer: Answer | None) -> bool:
 
 def _is_barred(known: Known, peer: str, route: str) -> bool:
     answer = known.answers.get(route)
+    if known.has_token and peer not in known.neighbours and not _is_open(answer):
+        return True
     if answer is None:
-        return known.has_token and peer not in known.neighbours
+        return False
     is_foreign = bool(answer.node_id) and peer != route and answer.node_id != peer
     return is_foreign or answer.node_id == known.node_id or answer.problem in BARRING
 

@@ -70,6 +70,8 @@ async def ask_route(route: str, caller: Caller, now: float, timeout_s: float = T
 
 def judge(route: str, caller: Caller, info_line: bytes, now: float) -> Answer:
     """What a greeting tells, before any password was shown. Pure."""
+    if not info_line:
+        return _no(now, "no_answer", f"{route} closes the connection without a word: what forwards it has no target")
     try:
         info = msgspec.json.decode(info_line.removeprefix(b"INFO "), type=_Info)
     except msgspec.DecodeError:
@@ -82,15 +84,16 @@ def judge(route: str, caller: Caller, info_line: bytes, now: float) -> Answer:
         name = info.cluster.removeprefix(SERVER_PREFIX) or "without a name"
         mine = caller.cluster.removeprefix(SERVER_PREFIX)
         return _no(now, "other_cluster", f"{route} belongs to the cluster {name}, this node to {mine} (--cluster NAME)")
+    answer = Answer(at=now, node_id=info.server_name.removeprefix(SERVER_PREFIX))
     if info.tls_required != caller.has_tls:
         one, other = ("it", "this node") if info.tls_required else ("this node", "it")
-        return _no(
-            now, "wrong_tls", f"{route}: {one} uses TLS for routes and {other} doesn't (SKULK_TLS_CERT and its kin)"
-        )
+        why = f"{route}: {one} uses TLS for routes and {other} doesn't (SKULK_TLS_CERT and its kin)"
+        return msgspec.structs.replace(answer, problem="wrong_tls", detail=why)
     if info.auth_required != bool(caller.password):
         one, other = ("it", "this node") if info.auth_required else ("this node", "it")
-        return _no(now, "wrong_token", f"{route}: {one} has a SKULK_CLUSTER_TOKEN and {other} has none")
-    return Answer(at=now, node_id=info.server_name.removeprefix(SERVER_PREFIX))
+        why = f"{route}: {one} has a SKULK_CLUSTER_TOKEN and {other} has none"
+        return msgspec.structs.replace(answer, problem="wrong_token", detail=why)
+    return answer
 
 
 async def _asked(

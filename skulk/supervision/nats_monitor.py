@@ -18,14 +18,17 @@ MAX_BYTES: Final = 16 * 1024 * 1024
 
 class _Route(msgspec.Struct, frozen=True):
     remote_name: str = ""
+    did_solicit: bool = False
+    ip: str = ""
+    port: int = 0
 
 
 class _Routes(msgspec.Struct, frozen=True):
     routes: tuple[_Route, ...] = ()
 
 
-async def joined_servers(monitor_port: int, timeout_s: float = TIMEOUT_S) -> frozenset[str]:
-    """The names of the servers that are joined by a route now.
+async def joined_servers(monitor_port: int, timeout_s: float = TIMEOUT_S) -> dict[str, str]:
+    """The servers that are joined by a route now: their names, and ``ip:port`` where ours dialled (else empty).
 
     Raises:
         OSError: the server doesn't answer as it should (`TimeoutError` is one).
@@ -40,8 +43,8 @@ async def joined_servers(monitor_port: int, timeout_s: float = TIMEOUT_S) -> fro
     return read_routes(answer)
 
 
-def read_routes(answer: bytes) -> frozenset[str]:
-    """The names in an HTTP answer of ``/routez``. Pure.
+def read_routes(answer: bytes) -> dict[str, str]:
+    """What `joined_servers` gives, from an HTTP answer of ``/routez``. Pure.
 
     Raises:
         OSError: it is none.
@@ -53,7 +56,12 @@ def read_routes(answer: bytes) -> frozenset[str]:
         found = msgspec.json.decode(body, type=_Routes)
     except msgspec.DecodeError as error:
         raise ConnectionError(f"the monitor's answer isn't readable: {error}") from error
-    return frozenset(route.remote_name for route in found.routes if route.remote_name)
+    return {route.remote_name: _dialled(route) for route in found.routes if route.remote_name}
+
+
+def _dialled(route: _Route) -> str:
+    host = f"[{route.ip}]" if ":" in route.ip else route.ip
+    return f"{host}:{route.port}" if route.did_solicit else ""
 
 
 async def _all(reader: asyncio.StreamReader) -> bytes:

@@ -1,4 +1,4 @@
-"""Hosts of their own on one machine: Linux network namespaces, joined by a bridge, as on one LAN. Needs root and `ip`."""
+"""Hosts of their own on one machine: Linux network namespaces, joined by a bridge like a LAN. Needs root and `ip`."""
 
 from __future__ import annotations
 
