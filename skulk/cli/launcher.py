@@ -17,7 +17,9 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from skulk import __version__
+from skulk.bus.events_stream import STREAM, ensure_events_stream
 from skulk.bus.nats_bus import NatsBus, parse_addresses
+from skulk.bus.permissions import check_permissions, probe_permissions
 from skulk.bus.replica import Replica
 from skulk.bus.subjects import MASTER_PLACE
 from skulk.cli.gateway_watch import GatewayWatch
@@ -55,6 +57,7 @@ MASTER_WAIT_S: Final = 10.0
 PLACE_TIMEOUT_S: Final = 40.0
 ELECTION_PATIENCE_S: Final = 1.5
 GATEWAY_DRAIN_S: Final = 5.0
+EVENTS_LOOK_S: Final = 60.0
 VERIFIED_FILE: Final = "verified.json"
 CARDS_FOLDER: Final = "cards"
 
@@ -145,6 +148,20 @@ def _catalogue(settings: Settings) -> Catalogue:
     return catalogue
 
 
+async def _keep_events(bus: NatsBus) -> None:
+    """Sees to the stream of events, now and again: an operator may remove it, JetStream may come later."""
+    told: str | None = None
+    while True:
+        problem = await ensure_events_stream(bus)
+        if problem != told:
+            told = problem
+            if problem:
+                log.warning("%s", problem)
+            else:
+                log.info("the events are kept in the stream %s", STREAM)
+        await asyncio.sleep(EVENTS_LOOK_S)
+
+
 class _Launcher:
     """The steps of one start; what each of them must undo is pushed on the stack."""
 
@@ -178,6 +195,8 @@ class _Launcher:
         self._running.nats_url = shown_url(address.url)
         self._running.nats_options = nats_options(address)
         bus = await self._connect(address)
+        if self._settings.nats_url:
+            await self._check_existing(bus)
         replica = Replica(bus, self._clock, load_state(self._home, bus.cluster))
         await replica.start()
         self._stack.push_async_callback(replica.close)
@@ -226,6 +245,13 @@ class _Launcher:
         self._stack.push_async_callback(bus.close)
         await bus.connect()
         return bus
+
+    async def _check_existing(self, bus: NatsBus) -> None:
+        """Of a bus that isn't ours: may we do all that a node does, and are the events kept there?"""
+        url, cluster = self._settings.nats_url, self._settings.cluster
+        check_permissions(await probe_permissions(url, cluster), cluster)
+        if self._settings.events_stream:
+            self._spawn("events-stream", _keep_events(bus))
 
     async def _start_roles(self, address: BusAddress) -> None:
         settings, identity, bus, replica = self._settings, self._identity, self._bus, self._replica

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -89,7 +89,7 @@ def lan(count: int) -> Generator[list[Host]]:
 
 
 @contextmanager
-def _namespace(name: str) -> Iterator[None]:
+def _namespace(name: str) -> Generator[None]:
     run("netns", "add", name)
     try:
         run("-n", name, "link", "set", "lo", "up")
