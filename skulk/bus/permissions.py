@@ -9,17 +9,18 @@ A header keeps it out of streams.
 
 from __future__ import annotations
 
-import asyncio
 import re
 from typing import Final
 
 import msgspec
-import nats
 import nats.errors
 
 from skulk.bus.nats_bus import parse_addresses
+from skulk.bus.nats_connection import ClientOptions, Connection
 from skulk.bus.subjects import CHANNELS, ENDPOINTS
-from skulk.errors import StartError
+from skulk.bus.transport import Raw
+from skulk.clock import SystemClock
+from skulk.errors import StartError, UnavailableError
 from skulk.units import KIB, format_bytes
 
 LEAST_PAYLOAD: Final = 256 * KIB
@@ -79,39 +80,43 @@ async def probe_permissions(url: str, cluster: str, *, user: str = "", password:
     Raises:
         StartError: ``cluster_not_reached``.
     """
+    publish, subscribe = needed(cluster)
+    named = {subject.lower(): subject for subject in (*publish, *subscribe)}
+    options = ClientOptions(name=_ID, user=user or None, password=password or None, connect_timeout_s=TIMEOUT_S)
     denied: dict[str, dict[str, None]] = {"publish": {}, "subscription": {}}
 
-    async def on_error(error: Exception) -> None:
+    def on_error(error: Exception) -> None:
         match = _VIOLATION.search(str(error))
         if match is not None:
-            denied[match[1].lower()][match[2]] = None
+            # nats-py tells errors in lower case
+            denied[match[1].lower()][named.get(match[2].lower(), match[2])] = None
 
-    shown = ", ".join(address.shown for address in parse_addresses(url))
-    try:
-        async with asyncio.timeout(TIMEOUT_S):
-            client = await nats.connect(
-                [address.url for address in parse_addresses(url)],
-                user=user or None,
-                password=password or None,
-                name=_ID,
-                allow_reconnect=False,
-                error_cb=on_error,
+    addresses = parse_addresses(url)
+    failure: Exception = OSError("no address")
+    for address in addresses:
+        connection = Connection(options, SystemClock(), on_error)
+        try:
+            await connection.open(address.url, address.host, address.port)
+            await _ask(connection, publish, subscribe)
+            return Permissions(
+                publish=tuple(denied["publish"]),
+                subscribe=tuple(denied["subscription"]),
+                max_payload=connection.max_payload,
             )
-            try:
-                publish, subscribe = needed(cluster)
-                for subject in subscribe:
-                    await client.subscribe(subject)
-                await client.flush(TIMEOUT_S)
-                for subject in publish:
-                    await client.publish(subject, b"", headers=_NO_STREAM)
-                await client.flush(TIMEOUT_S)
-                max_payload = client.max_payload
-            finally:
-                await client.close()
-    except (OSError, nats.errors.Error) as error:
-        raise StartError(
-            "cluster_not_reached", f"the NATS server at {shown} can't be used: {error or type(error).__name__}"
-        ) from error
-    return Permissions(
-        publish=tuple(denied["publish"]), subscribe=tuple(denied["subscription"]), max_payload=max_payload
-    )
+        except (OSError, UnavailableError, nats.errors.Error) as error:
+            failure = error
+        finally:
+            await connection.bury()
+    shown = ", ".join(address.shown for address in addresses)
+    why = str(failure) or type(failure).__name__
+    raise StartError("cluster_not_reached", f"the NATS server at {shown} can't be used: {why}") from failure
+
+
+async def _ask(connection: Connection, publish: tuple[str, ...], subscribe: tuple[str, ...]) -> None:
+    """Tries each; when it returns, every refusal has been reported."""
+    for subject in subscribe:
+        await connection.subscribe(subject, subject, "", lambda _: None)
+    for subject in publish:
+        await connection.publish(Raw(subject, b"", headers=_NO_STREAM))
+    for _ in range(2):  # the first may overtake what nats-py still holds back
+        await connection.flush(TIMEOUT_S)
