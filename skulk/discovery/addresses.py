@@ -34,7 +34,7 @@ def route_text(host: str, port: int) -> str:
 def split_route(route: str) -> tuple[str, int] | None:
     """Host and port of a route; None where the text is none."""
     match = _ROUTE.fullmatch(route)
-    if match is None or not 0 < int(match[3]) < 65536:
+    if match is None or not 0 < int(match[3]) < 65536 or (match[1] and _parsed(match[1]) is None):
         return None
     return match[1] or match[2], int(match[3])
 

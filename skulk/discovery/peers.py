@@ -305,7 +305,7 @@ def _standing(known: Known, peer: str, routes: tuple[str, ...], now: float, *, i
     answers = [(route, answer) for route in routes if (answer := known.answers.get(route)) is not None]
     if len(answers) < len(routes) or any(_is_open(answer) and not _is_foreign(peer, answer) for _, answer in answers):
         return Standing(peer=peer, state="trying", name=name, route=route)
-    if all(answer.problem not in BARRING and now - answer.since < SETTLED_S for _, answer in answers):
+    if all(_is_soft(peer, answer) and now - answer.since < SETTLED_S for _, answer in answers):
         return Standing(peer=peer, state="trying", name=name, route=route)
     # the most telling one: what says no tells more than what doesn't answer
     asked, answer = max(answers, key=lambda one: (one[1].problem in BARRING, one[0] == route))
@@ -313,6 +313,11 @@ def _standing(known: Known, peer: str, routes: tuple[str, ...], now: float, *, i
     return Standing(
         peer=peer, state="apart", name=name, route=asked, problem=answer.problem or "other_program", detail=detail
     )
+
+
+def _is_soft(peer: str, answer: Answer) -> bool:
+    """Whether it may be another answer in a moment."""
+    return answer.problem not in BARRING and not _is_foreign(peer, answer)
 
 
 def _is_foreign(peer: str, answer: Answer) -> bool:
