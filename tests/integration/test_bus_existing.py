@@ -19,6 +19,7 @@ from skulk.wire.events import TermBegan
 from tests.support.nats import NatsServer
 from tests.support.states import TERM, record
 
+ROOT = Path(__file__).resolve().parents[2]
 GRANTED = '["skulk.home.v1.>", "_INBOX.>", "$SRV.>"]'
 
 
@@ -58,6 +59,17 @@ async def test_messages_that_are_too_small() -> None:
     with pytest.raises(StartError, match=r"64\.0 KiB at most.*needs 256") as caught:
         check_permissions(found, "home")
     assert caught.value.code == "bus_unusable"
+
+
+async def test_the_example_of_the_guide_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PASSWORD", "sesame")
+    example = (ROOT / "deployment" / "nats" / "nats.conf").read_text()
+    with NatsServer(example.replace("./jetstream", str(tmp_path))) as server:
+        check_permissions(await probe_permissions(server.url, "skulk", user="skulk", password="sesame"), "skulk")
+        bus = NatsBus(server.url, cluster="skulk", name="test", user="skulk", password="sesame")
+        await bus.connect()
+        assert await ensure_events_stream(bus) == ""
+        await bus.close()
 
 
 async def test_a_wrong_password_and_nobody_there() -> None:
