@@ -91,7 +91,7 @@ async def look_around(settings: Settings, node_id: str, clock: Clock) -> tuple[S
         cluster=config.cluster_name,
         user=config.route_user,
         password=config.route_password,
-        has_tls=config.tls is not None,
+        tls=None if config.tls is None else (config.tls.cert_file, config.tls.key_file, config.tls.ca_file),
     )
     if settings.mdns and not settings.local:
         known = await _with_adverts(known, settings, clock)

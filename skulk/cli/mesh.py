@@ -125,7 +125,7 @@ class Mesh:
             cluster=config.cluster_name,
             user=config.route_user,
             password=config.route_password,
-            has_tls=config.tls is not None,
+            tls=None if config.tls is None else (config.tls.cert_file, config.tls.key_file, config.tls.ca_file),
         )
         self._key = b""
         self._changed = asyncio.Event()

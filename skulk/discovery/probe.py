@@ -1,11 +1,12 @@
 """Ask a route's port who listens there, and whether it would take us. One short connection, no route is made.
 
-    connect ──> INFO {server_name, cluster, auth_required, tls_required}   ours? else: why not
+    connect ──> INFO {server_name, cluster, auth_required}                  ours? else: why not
             ──> CONNECT as a client, with the routes' password         -ERR 'Authorization Violation': another token
                                                                        -ERR 'attempted to connect to route port': ours
 
 nats-server checks the password before it notices that no server is calling, so the second step joins nothing. It is
-taken only where both sides have a token, for it leaves a line in the other's log.
+taken only where both sides have a token, for it leaves a line in the other's log. A server with TLS for routes says
+nothing before the handshake; one that stays silent is offered a handshake, to tell TLS from a firewall.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import ssl
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Final
@@ -26,6 +28,7 @@ from skulk.discovery.peers import Answer
 TIMEOUT_S: Final = 1.5
 LINE_LIMIT: Final = 64 * 1024
 SERVER_PREFIX: Final = "skulk-"
+_TLS_SETTINGS: Final = "SKULK_TLS_CERT, SKULK_TLS_KEY, SKULK_TLS_CA"
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,13 +37,13 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         cluster: the NATS name of our cluster, ``skulk-<name>``.
         user, password: of the routes; empty: no token.
-        has_tls: whether our routes use TLS.
+        tls: files of certificate, key and authority; None: our routes use no TLS.
     """
 
     cluster: str
     user: str = ""
     password: str = ""
-    has_tls: bool = False
+    tls: tuple[str, str, str] | None = None
 
 
 class _Info(msgspec.Struct, frozen=True):
@@ -49,17 +52,22 @@ class _Info(msgspec.Struct, frozen=True):
     server_name: str = ""
     cluster: str = ""
     auth_required: bool = False
-    tls_required: bool = False
     client_id: int | None = None
 
 
 async def ask_route(route: str, caller: Caller, now: float, timeout_s: float = TIMEOUT_S) -> Answer:
-    """What listens at ``host:port``; takes ``timeout_s`` at most and raises nothing."""
+    """What listens at ``host:port``; takes twice ``timeout_s`` at most and raises nothing."""
     try:
-        async with asyncio.timeout(timeout_s), _connection(route) as (reader, writer):
+        async with asyncio.timeout(timeout_s), _connection(route, _context(caller)) as (reader, writer):
             return await _asked(route, caller, now, reader, writer)
     except TimeoutError:
+        if caller.tls is None and await _speaks_tls(route, timeout_s):
+            return _no(now, "wrong_tls", f"{route} uses TLS for routes and this node doesn't ({_TLS_SETTINGS})")
         return _no(now, "no_answer", f"{route} gives no answer: a firewall, or the machine is off")
+    except ssl.SSLError as error:
+        if error.reason == "WRONG_VERSION_NUMBER":
+            return _no(now, "wrong_tls", f"this node uses TLS for routes and {route} doesn't ({_TLS_SETTINGS})")
+        return _no(now, "wrong_tls", f"TLS with {route} fails: {error.reason or error} ({_TLS_SETTINGS})")
     except ConnectionRefusedError:
         return _no(now, "port_closed", f"nobody listens at {route}: no node runs there, or with another --route-port")
     except (socket.gaierror, UnicodeError) as error:
@@ -85,10 +93,6 @@ def judge(route: str, caller: Caller, info_line: bytes, now: float) -> Answer:
         mine = caller.cluster.removeprefix(SERVER_PREFIX)
         return _no(now, "other_cluster", f"{route} belongs to the cluster {name}, this node to {mine} (--cluster NAME)")
     answer = Answer(at=now, node_id=info.server_name.removeprefix(SERVER_PREFIX))
-    if info.tls_required != caller.has_tls:
-        one, other = ("it", "this node") if info.tls_required else ("this node", "it")
-        why = f"{route}: {one} uses TLS for routes and {other} doesn't (SKULK_TLS_CERT and its kin)"
-        return msgspec.structs.replace(answer, problem="wrong_tls", detail=why)
     if info.auth_required != bool(caller.password):
         one, other = ("it", "this node") if info.auth_required else ("this node", "it")
         why = f"{route}: {one} has a SKULK_CLUSTER_TOKEN and {other} has none"
@@ -100,17 +104,33 @@ async def _asked(
     route: str, caller: Caller, now: float, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> Answer:
     answer = judge(route, caller, await _line(reader), now)
-    # With TLS the password would have to wait for a handshake; certificates say more than a token does.
-    if (
-        answer.problem is None
-        and caller.password
-        and not caller.has_tls
-        and not await _is_taken(caller, reader, writer)
-    ):
+    if answer.problem is None and caller.password and not await _is_taken(caller, reader, writer):
         return msgspec.structs.replace(
             answer, problem="wrong_token", detail=f"{route}: its SKULK_CLUSTER_TOKEN is not this node's"
         )
     return answer
+
+
+def _context(caller: Caller) -> ssl.SSLContext | None:
+    if caller.tls is None:
+        return None
+    certificate, key, authority = caller.tls
+    context = ssl.create_default_context(cafile=authority)
+    context.load_cert_chain(certificate, key)
+    return context
+
+
+async def _speaks_tls(route: str, timeout_s: float) -> bool:
+    """Whether a silent server answers a handshake; nothing is trusted and nothing is said."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        async with asyncio.timeout(timeout_s), _connection(route, context):
+            return True
+    except ssl.SSLError:
+        return True
+    except OSError:
+        return False
 
 
 async def _is_taken(caller: Caller, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
@@ -123,10 +143,13 @@ async def _is_taken(caller: Caller, reader: asyncio.StreamReader, writer: asynci
 
 
 @asynccontextmanager
-async def _connection(route: str) -> AsyncGenerator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+async def _connection(
+    route: str, context: ssl.SSLContext | None
+) -> AsyncGenerator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     split = split_route(route)
     assert split is not None, f"{route!r} is no route; settings and words of others are checked before"
-    reader, writer = await asyncio.open_connection(*split, limit=LINE_LIMIT)
+    name = None if context is None else split[0]
+    reader, writer = await asyncio.open_connection(*split, limit=LINE_LIMIT, ssl=context, server_hostname=name)
     try:
         yield reader, writer
     finally:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
+import stat
 from contextlib import AsyncExitStack
 from itertools import permutations
 from pathlib import Path
 
+import psutil
 import pytest
 
+from skulk.supervision.nats_config import route_credentials
 from tests.support.bus import reached
 from tests.support.child_processes import no_process_left
 from tests.support.mesh import MeshNode, ending, free_ports, until_full, wait_for
@@ -164,3 +168,43 @@ async def test_it_is_told_why_a_peer_is_not_joined(tmp_path: Path, caplog: pytes
             # Those that say no aren't dialled: they would log it every second.
             assert conf.count("nats://") == 0
             assert ours.mesh.joined == frozenset()
+
+
+async def test_the_server_shows_no_secret_and_opens_no_other_door(tmp_path: Path) -> None:
+    with no_process_left():
+        node = await MeshNode("a", tmp_path / "a", cluster_token="a secret").start()
+        async with ending(node):
+            server = psutil.Process(node.server.pid)
+            doors = {one.laddr.port: one.laddr.ip for one in server.net_connections("tcp") if one.status == "LISTEN"}
+            endpoint = node.endpoint
+            assert doors.keys() == {endpoint.client_port, endpoint.monitor_port, endpoint.route_port}
+            assert set(doors.values()) == {"127.0.0.1"}
+            conf = tmp_path / "a" / "nats" / "nats.conf"
+            assert stat.S_IMODE(conf.stat().st_mode) == 0o600
+            secrets = ("a secret", route_credentials("a secret").password)
+            assert all(secret in conf.read_text() for secret in secrets)
+            told = [*server.cmdline(), *server.environ().values()]
+            assert not [word for word in told if any(secret in word for secret in secrets)]
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+async def test_routes_over_tls(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "c.pem", tmp_path / "k.pem"
+    made = await asyncio.create_subprocess_exec(
+        *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"),
+        *("-subj", "/CN=node", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)),
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    assert await made.wait() == 0
+    tls = {"tls_cert": str(certificate), "tls_key": str(key), "tls_ca": str(certificate), "cluster_token": "hush"}
+    with no_process_left():
+        first = await MeshNode("a", tmp_path / "a", **tls).start()
+        two, bare = MeshNode("b", tmp_path / "b", (first.route,), **tls), MeshNode("c", tmp_path / "c", (first.route,))
+        async with ending(first, two, bare):
+            await asyncio.gather(two.start(), bare.start())
+            await until_full(first, two)
+            await wait_for(
+                lambda: [one.problem for one in bare.mesh.standings()] == ["wrong_tls"],
+                HEALED_S,
+                lambda: str(bare.mesh.standings()),
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -16,6 +17,7 @@ from skulk.bus.subjects import NODE_BEAT
 from skulk.cli.mesh import Mesh, known_at_start, routes_of
 from skulk.cli.nats_settings import server_config
 from skulk.clock import SystemClock
+from skulk.errors import UnavailableError
 from skulk.settings import Settings
 from skulk.supervision.nats_binary import find_nats_server
 from skulk.supervision.nats_server import NatsEndpoint, NatsServer
@@ -122,7 +124,7 @@ class MeshNode:
     async def _speak(self) -> None:
         while True:
             mine = msgspec.structs.replace(beat(self.node_id), routes=self.mesh.routes)
-            if self.bus.state == "connected":
+            with contextlib.suppress(UnavailableError):  # a beat that finds no connection is none
                 await self.bus.publish(NODE_BEAT, mine, node=self.node_id)
             await asyncio.sleep(BEAT_S)
 
