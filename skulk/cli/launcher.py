@@ -228,7 +228,7 @@ class _Launcher:
         server = NatsServer(binary, self._home, config, ledger=self._ledger, kept=kept, clock=self._clock)
         self._keep("nats-server", server.run(), server.stop)
         self._endpoint = endpoint = await server.wait_ready()
-        self._mesh = mesh = Mesh(settings, known, config, server, endpoint, self._clock, name=self._identity.name)
+        self._mesh = mesh = Mesh(settings, known, config, server, self._clock, name=self._identity.name)
         self._spawn("mesh", mesh.run())
         password = endpoint.password
         return BusAddress(url=endpoint.client_url, user=endpoint.user if password else "", password=password)

@@ -44,7 +44,7 @@ from skulk.errors import SkulkError
 from skulk.settings import Settings
 from skulk.supervision.nats_config import LOOPBACK, NatsPorts, NatsServerConfig
 from skulk.supervision.nats_monitor import joined_servers
-from skulk.supervision.nats_server import NatsEndpoint, NatsServer
+from skulk.supervision.nats_server import NatsServer
 from skulk.wire.base import PROTOCOL
 from skulk.wire.beats import NodeBeat
 
@@ -91,8 +91,7 @@ class Mesh:
         settings: what the node was told.
         known: as from `known_at_start`.
         config: what the server runs with; `run` changes its routes.
-        server: the own one.
-        endpoint: where it serves.
+        server: the own one, which serves.
         name: of this host, for people.
         addresses: by which others reach this machine.
     """
@@ -103,20 +102,16 @@ class Mesh:
         known: Known,
         config: NatsServerConfig,
         server: NatsServer,
-        endpoint: NatsEndpoint,
         clock: Clock,
         *,
         name: str,
         addresses: Callable[[], tuple[str, ...]] = local_addresses,
     ) -> None:
-        assert endpoint.route_port and endpoint.monitor_port, "a mesh needs a listener for routes, and the monitor"
         self._settings = settings
         self._home = Path(settings.home)
         self._known = known
         self._config = config
         self._server = server
-        self._port = endpoint.route_port
-        self._monitor_port = endpoint.monitor_port
         self._clock = clock
         self._name = name
         self._addresses = addresses
@@ -135,6 +130,12 @@ class Mesh:
         self.routes = own_routes(settings, self._port, addresses)
         self._dialled: dict[str, str] = {}
         self.joined: frozenset[str] = frozenset()
+
+    @property
+    def _port(self) -> int:
+        port = self._server.endpoint.route_port
+        assert port is not None, "a mesh needs a listener for routes"
+        return port
 
     def follow(self, beats: Callable[[], Iterable[NodeBeat]]) -> None:
         """From now on looks every second at who is heard, and by which routes."""
@@ -231,7 +232,7 @@ class Mesh:
     async def _look(self) -> bool:
         """Sees who is joined; False while the own server doesn't say: it is being replaced."""
         try:
-            servers = await joined_servers(self._monitor_port)
+            servers = await joined_servers(self._server.endpoint.monitor_port or 0)
         except OSError:
             return False
         self._dialled = {name.removeprefix(SERVER_PREFIX): route for name, route in servers.items()}

@@ -71,17 +71,18 @@ class Mdns:
             await asyncio.sleep(self._look_s)
 
     async def _on_network(self, addresses: tuple[str, ...]) -> None:
-        """One life on the interfaces of these addresses; returns when they are others."""
+        """One life on the interfaces of these addresses; returns when the node is reached otherwise."""
+        told = self._describe(addresses)
         async with _zeroconf(addresses) as zeroconf, _browsing(zeroconf.zeroconf) as names:
-            await (await zeroconf.async_register_service(_info(self._describe(addresses)), allow_name_change=True))
+            await (await zeroconf.async_register_service(_info(told), allow_name_change=True))
             self._failure = ""
             _LOG.info("announced by mDNS at %s", ", ".join(addresses))
             async with asyncio.TaskGroup() as tasks:
                 resolving = tasks.create_task(self._resolve(zeroconf.zeroconf, names), name="mdns-resolve")
-                while self._addresses() == addresses:  # noqa: ASYNC110 - the system can only be asked
+                while self._describe(self._addresses()) == told:  # noqa: ASYNC110 - the system can only be asked
                     await asyncio.sleep(self._look_s)
                 resolving.cancel()
-            _LOG.info("the addresses of this machine have changed")
+            _LOG.info("this node is reached otherwise now")
 
     async def _resolve(self, zeroconf: Zeroconf, names: _Names) -> None:
         known: dict[str, str] = {}

@@ -130,6 +130,12 @@ class NatsServer:
         """The process that serves; None between two lives."""
         return self._supervised.pid
 
+    @property
+    def endpoint(self) -> NatsEndpoint:
+        """Where the last life serves or served; there has been one. A port that was taken meanwhile is another one."""
+        assert self._endpoint is not None, "it has never served"
+        return self._endpoint
+
     async def run(self) -> GiveUp | None:
         """Keep it running; call once.
 

@@ -10,6 +10,7 @@ import stat
 from contextlib import AsyncExitStack
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -196,7 +197,12 @@ async def test_routes_over_tls(tmp_path: Path) -> None:
         stderr=asyncio.subprocess.DEVNULL,
     )
     assert await made.wait() == 0
-    tls = {"tls_cert": str(certificate), "tls_key": str(key), "tls_ca": str(certificate), "cluster_token": "hush"}
+    tls: dict[str, Any] = {
+        "tls_cert": str(certificate),
+        "tls_key": str(key),
+        "tls_ca": str(certificate),
+        "cluster_token": "hush",
+    }
     with no_process_left():
         first = await MeshNode("a", tmp_path / "a", **tls).start()
         two, bare = MeshNode("b", tmp_path / "b", (first.route,), **tls), MeshNode("c", tmp_path / "c", (first.route,))

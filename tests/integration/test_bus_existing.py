@@ -16,8 +16,11 @@ from skulk.bus.permissions import Permissions, check_permissions, needed, probe_
 from skulk.bus.subjects import EVENT
 from skulk.errors import StartError
 from skulk.wire.events import TermBegan
+from tests.support import whole_node as whole_node_module
+from tests.support.child_processes import no_process_left
 from tests.support.nats import NatsServer
 from tests.support.states import TERM, record
+from tests.support.whole_node import environment, whole_node
 
 ROOT = Path(__file__).resolve().parents[2]
 GRANTED = '["skulk.home.v1.>", "_INBOX.>", "$SRV.>"]'
@@ -124,3 +127,14 @@ async def test_a_bus_without_jetstream_and_a_stream_of_somebody_else(tmp_path: P
         assert "no bound of bytes" in await ensure_events_stream(bus)
         await client.close()
         await bus.close()
+
+
+async def test_a_whole_node_on_an_existing_bus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = tmp_path / "store"
+    with NatsServer(f'jetstream {{ store_dir: "{store}" }}\n') as server, no_process_left():
+        told = {"SKULK_NATS_URL": server.url, "SKULK_EVENTS_STREAM": "1"}
+        monkeypatch.setattr(whole_node_module, "environment", lambda home: {**environment(home), **told})
+        async with whole_node(tmp_path / "home", "--no-worker", "--no-api") as node:
+            assert "nats-server" not in node.children()
+            assert node.facts["nats_url"] == server.url
+            await node.wait_output("the events are kept in the stream SKULK_EVENTS")

@@ -67,7 +67,7 @@ class MeshNode:
         self.server = server
         self._own(server.run(), "server")
         self.endpoint: NatsEndpoint = await server.wait_ready()
-        self.mesh = Mesh(self.settings, known, config, server, self.endpoint, clock, name="")
+        self.mesh = Mesh(self.settings, known, config, server, clock, name="")
         self.mesh.follow(lambda: list(self._beats.values()))
         self._own(self.mesh.run(), "mesh")
         self.bus = await self.client("node")

@@ -121,9 +121,8 @@ def test_without_other_nodes_nothing_is_looked_for(tmp_path: Path) -> None:
 async def test_the_doctor_looks_around_where_no_node_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def browse(wait_s: float) -> tuple[Advert, ...]:
         del wait_s
-        told = {"version": "0", "protocol": 1, "port": port, "addresses": ("192.0.2.1",)}
         return tuple(
-            Advert(cluster=cluster, node_id=node_id, **told)
+            Advert(cluster=cluster, node_id=node_id, version="0", protocol=1, port=port, addresses=("192.0.2.1",))
             for cluster, node_id in (("skulk", "aaaa"), ("garage", "bbbb"))
         )
 
