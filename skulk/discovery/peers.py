@@ -214,7 +214,7 @@ def targets(known: Known) -> dict[str, tuple[str, ...]]:
 
 
 def due(known: Known, joined: Set[str], now: float) -> tuple[str, ...]:
-    """The routes to ask now: those of peers that aren't joined.
+    """The routes to ask now, the longest waiting first: those of peers that aren't joined.
 
     Every 2 s; every 10 s after a foreign answer, since asking leaves a line in the other's log; every 30 s where nobody
     has answered for ten minutes.
@@ -224,7 +224,7 @@ def due(known: Known, joined: Set[str], now: float) -> tuple[str, ...]:
         if peer in joined or peer in known.refused:
             continue
         found += [route for route in routes if _is_due(known.answers.get(route), now)]
-    return tuple(dict.fromkeys(found))
+    return tuple(sorted(set(found), key=lambda route: (_asked_at(known, route), route)))
 
 
 def stuck(known: Known, joined: Set[str], now: float) -> tuple[str, ...]:
@@ -282,6 +282,11 @@ def _is_barred(known: Known, peer: str, route: str) -> bool:
         return False
     is_foreign = bool(answer.node_id) and peer != route and answer.node_id != peer
     return is_foreign or answer.node_id == known.node_id or answer.problem in BARRING
+
+
+def _asked_at(known: Known, route: str) -> float:
+    answer = known.answers.get(route)
+    return -1.0 if answer is None else answer.at
 
 
 def _is_due(answer: Answer | None, now: float) -> bool:

@@ -62,11 +62,11 @@ class HostNode:
 
 
 @contextmanager
-def node(host: Host, folder: Path, *words: str, **environ: str) -> Generator[HostNode]:
+def node(host: Host, folder: Path, *words: str, name: str = "", **environ: str) -> Generator[HostNode]:
     """A running node; its output is in ``<home>.log``."""
-    home = folder / f"host{host.number}"
+    home = folder / f"host{host.number}{name}"
     running = HostNode(host, home, environ)
-    with open(folder / f"host{host.number}.log", "wb") as log:
+    with open(folder / f"{home.name}.log", "wb") as log:
         process = subprocess.Popen(
             running.command(*UP, *words), env=running.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
@@ -104,6 +104,17 @@ def test_nodes_of_one_network_find_each_other_and_follow_an_address(tmp_path: Pa
         conf = one.home / "nats" / "nats.conf"
         until(lambda: f"@{two.host.address}:52416" in conf.read_text() and is_full(nodes), JOIN_S, nodes)
         assert "@10.77.0.2:" not in conf.read_text()
+
+
+def test_two_nodes_of_one_host_and_one_of_another(tmp_path: Path) -> None:
+    free = ("--nats-port", "0", "--route-port", "0")
+    with no_process_left(), lan(2) as hosts, ExitStack() as stack:
+        nodes = [
+            stack.enter_context(node(hosts[0], tmp_path, *free, name="a")),
+            stack.enter_context(node(hosts[0], tmp_path, *free, name="b")),
+            stack.enter_context(node(hosts[1], tmp_path, *free)),
+        ]
+        until(lambda: is_full(nodes), JOIN_S, nodes)
 
 
 def test_a_link_of_three_is_cut_and_heals(tmp_path: Path) -> None:

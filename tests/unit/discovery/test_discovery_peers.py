@@ -121,6 +121,12 @@ def test_who_is_asked_and_when() -> None:
     assert due(long_gone, frozenset(), 729.0) == () and due(long_gone, frozenset(), 730.0) == (X1,)
 
 
+def test_with_many_to_ask_nobody_is_left_out() -> None:
+    known = heard(heard(routes=(X1,)), "y", ("10.0.0.9:7", "10.0.0.8:7"))
+    known = with_answer(with_answer(known, X1, msgspec.structs.replace(NO, at=2.0)), "10.0.0.8:7", NO)
+    assert due(known, frozenset(), 9.0) == ("10.0.0.9:7", "10.0.0.8:7", X1)
+
+
 def test_a_good_route_that_nobody_takes_up_is_dialled_anew() -> None:
     known = with_plan(heard(routes=(X1,)), {})
     once = with_answer(known, X1, open_of("x", 10.0))
