@@ -86,7 +86,7 @@ async def look_around(settings: Settings, node_id: str, clock: Clock) -> tuple[S
         StartError: ``config_invalid``.
     """
     known, _ = known_at_start(settings, node_id)
-    config = server_config(settings, node_id, ())
+    config = server_config(settings, node_id, "doctor", ())
     caller = Caller(
         cluster=config.cluster_name,
         user=config.route_user,

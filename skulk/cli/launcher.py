@@ -224,7 +224,7 @@ class _Launcher:
         binary = await asyncio.to_thread(usable_nats_server, settings.nats_server)
         known, kept = known_at_start(settings, self._identity.node_id)
         self._may_meet_others = not settings.local or bool(settings.bootstrap_peers or known.neighbours)
-        config = server_config(settings, self._identity.node_id, routes_of(known))
+        config = server_config(settings, self._identity.node_id, self._identity.incarnation, routes_of(known))
         server = NatsServer(binary, self._home, config, ledger=self._ledger, kept=kept, clock=self._clock)
         self._keep("nats-server", server.run(), server.stop)
         self._endpoint = endpoint = await server.wait_ready()

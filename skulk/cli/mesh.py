@@ -38,7 +38,7 @@ from skulk.discovery.peers import (
     without_old,
     without_seen,
 )
-from skulk.discovery.probe import SERVER_PREFIX, Caller, ask_route
+from skulk.discovery.probe import Caller, ask_route, node_of_server
 from skulk.discovery.store import Remembered, load_peers, save_peers
 from skulk.errors import SkulkError
 from skulk.settings import Settings
@@ -235,7 +235,7 @@ class Mesh:
             servers = await joined_servers(self._server.endpoint.monitor_port or 0)
         except OSError:
             return False
-        self._dialled = {name.removeprefix(SERVER_PREFIX): route for name, route in servers.items()}
+        self._dialled = {node_of_server(name): route for name, route in servers.items()}
         self.joined = frozenset(self._dialled)
         return True
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Final
 
+from skulk.discovery.probe import server_name
 from skulk.errors import StartError
 from skulk.settings import Settings
 from skulk.supervision.nats_config import NatsServerConfig, RouteTls, route_credentials
@@ -13,7 +14,7 @@ from skulk.supervision.nats_config import NatsServerConfig, RouteTls, route_cred
 _LIKE_BCRYPT: Final = re.compile(r"\$2[abxy]?\$")
 
 
-def server_config(settings: Settings, node_id: str, routes: tuple[str, ...]) -> NatsServerConfig:
+def server_config(settings: Settings, node_id: str, incarnation: str, routes: tuple[str, ...]) -> NatsServerConfig:
     """What the node's own nats-server runs with.
 
     Raises:
@@ -21,7 +22,7 @@ def server_config(settings: Settings, node_id: str, routes: tuple[str, ...]) -> 
     """
     credentials = route_credentials(settings.cluster_token) if settings.cluster_token else None
     return NatsServerConfig(
-        server_name=f"skulk-{node_id}",
+        server_name=server_name(node_id, incarnation),
         cluster_name=f"skulk-{settings.cluster}",
         client_password=client_password(settings.cluster_token),
         client_port=settings.nats_port,

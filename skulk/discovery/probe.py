@@ -27,7 +27,7 @@ from skulk.discovery.peers import Answer
 
 TIMEOUT_S: Final = 1.5
 LINE_LIMIT: Final = 64 * 1024
-SERVER_PREFIX: Final = "skulk-"
+PREFIX: Final = "skulk-"
 _TLS_SETTINGS: Final = "SKULK_TLS_CERT, SKULK_TLS_KEY, SKULK_TLS_CA"
 
 
@@ -53,6 +53,20 @@ class _Info(msgspec.Struct, frozen=True):
     cluster: str = ""
     auth_required: bool = False
     client_id: int | None = None
+
+
+def server_name(node_id: str, incarnation: str) -> str:
+    """The name of a node's nats-server. Another one in each life: servers refuse a namesake.
+
+    A copied home thus joins, and the beats tell that two nodes have one id; and a machine that lost its power isn't
+    kept out until its former connections are noticed to be dead.
+    """
+    return f"{PREFIX}{node_id}.{incarnation}"
+
+
+def node_of_server(name: str) -> str:
+    """The node whose server has this name."""
+    return name.removeprefix(PREFIX).partition(".")[0]
 
 
 async def ask_route(route: str, caller: Caller, now: float, timeout_s: float = TIMEOUT_S) -> Answer:
@@ -89,10 +103,10 @@ def judge(route: str, caller: Caller, info_line: bytes, now: float) -> Answer:
     if info.client_id is not None:
         return _no(now, "other_program", f"{route} is a NATS port for clients; peers are reached by their --route-port")
     if info.cluster != caller.cluster:
-        name = info.cluster.removeprefix(SERVER_PREFIX) or "without a name"
-        mine = caller.cluster.removeprefix(SERVER_PREFIX)
+        name = info.cluster.removeprefix(PREFIX) or "without a name"
+        mine = caller.cluster.removeprefix(PREFIX)
         return _no(now, "other_cluster", f"{route} belongs to the cluster {name}, this node to {mine} (--cluster NAME)")
-    answer = Answer(at=now, node_id=info.server_name.removeprefix(SERVER_PREFIX))
+    answer = Answer(at=now, node_id=node_of_server(info.server_name))
     if info.auth_required != bool(caller.password):
         one, other = ("it", "this node") if info.auth_required else ("this node", "it")
         why = f"{route}: {one} has a SKULK_CLUSTER_TOKEN and {other} has none"

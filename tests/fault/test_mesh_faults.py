@@ -140,6 +140,17 @@ async def test_a_peer_that_changes_its_port_is_followed(tmp_path: Path) -> None:
             assert f"127.0.0.1:{first}" not in conf.read_text()
 
 
+async def test_the_copy_of_a_home_joins_so_that_its_id_is_heard_twice(tmp_path: Path) -> None:
+    """What follows is the nodes' own doing: each hears its id from another incarnation."""
+    with no_process_left():
+        third = await MeshNode("c", tmp_path / "c").start()
+        one, copy = (MeshNode("a", tmp_path / home, (third.route,)) for home in ("a", "copy"))
+        async with ending(third, one, copy):
+            await asyncio.gather(one.start(), copy.start())
+            await asyncio.gather(*(node.until_hears("c") for node in (one, copy)))
+            await asyncio.gather(*(node.heard_itself.wait() for node in (one, copy)))
+
+
 async def test_it_is_told_why_a_peer_is_not_joined(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (closed,) = free_ports(1)
     with no_process_left():

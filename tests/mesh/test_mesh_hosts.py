@@ -98,8 +98,9 @@ def test_nodes_of_one_network_find_each_other_and_follow_an_address(tmp_path: Pa
         nodes = [stack.enter_context(node(host, tmp_path, SKULK_CLUSTER_TOKEN="hush")) for host in hosts]
         one, two = nodes
         until(lambda: is_full(nodes), JOIN_S, nodes)
-        assert one.peers()[two.node_id]["route"] == f"{two.host.address}:52416"
-        assert f"node {two.node_id} is joined at {two.host.address}:52416" in one.doctor()
+        told = f"{two.host.address}:52416"
+        until(lambda: one.peers()[two.node_id]["route"] == told, JOIN_S, nodes)
+        assert f"node {two.node_id} is joined at {told}" in one.doctor()
         two.host.move(12)
         conf = one.home / "nats" / "nats.conf"
         until(lambda: f"@{two.host.address}:52416" in conf.read_text() and is_full(nodes), JOIN_S, nodes)

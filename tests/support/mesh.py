@@ -18,6 +18,7 @@ from skulk.cli.mesh import Mesh, known_at_start, routes_of
 from skulk.cli.nats_settings import server_config
 from skulk.clock import SystemClock
 from skulk.errors import UnavailableError
+from skulk.ids import new_incarnation
 from skulk.settings import Settings
 from skulk.supervision.nats_binary import find_nats_server
 from skulk.supervision.nats_server import NatsEndpoint, NatsServer
@@ -54,6 +55,8 @@ class MeshNode:
         self.node_id = node_id
         self.settings = Settings(home=str(home), models_dir="", **told)  # pyright: ignore[reportArgumentType]
         self.heard: dict[str, float] = {}
+        self.heard_itself = asyncio.Event()
+        self._incarnation = new_incarnation()
         self._seen_routes = seen_routes or {}
         self._beats: dict[str, NodeBeat] = {}
         self._stack = AsyncExitStack()
@@ -62,7 +65,7 @@ class MeshNode:
         """Starts its server, and the mesh with it."""
         clock = SystemClock()
         known, kept = known_at_start(self.settings, self.node_id)
-        config = server_config(self.settings, self.node_id, routes_of(known))
+        config = server_config(self.settings, self.node_id, self._incarnation, routes_of(known))
         server = NatsServer(find_nats_server(), Path(self.settings.home), config, kept=kept, clock=clock)
         self.server = server
         self._own(server.run(), "server")
@@ -116,6 +119,8 @@ class MeshNode:
 
     def _beat_heard(self, received: Received[NodeBeat]) -> None:
         told = received.message
+        if told.incarnation != self._incarnation and told.node_id == self.node_id:
+            self.heard_itself.set()
         if told.node_id != self.node_id:
             self.heard[told.node_id] = self.bus.clock.now()
             seen = self._seen_routes.get(told.node_id)
@@ -123,7 +128,7 @@ class MeshNode:
 
     async def _speak(self) -> None:
         while True:
-            mine = msgspec.structs.replace(beat(self.node_id), routes=self.mesh.routes)
+            mine = msgspec.structs.replace(beat(self.node_id), incarnation=self._incarnation, routes=self.mesh.routes)
             with contextlib.suppress(UnavailableError):  # a beat that finds no connection is none
                 await self.bus.publish(NODE_BEAT, mine, node=self.node_id)
             await asyncio.sleep(BEAT_S)
