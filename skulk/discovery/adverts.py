@@ -118,11 +118,11 @@ def read_advert(txt: Mapping[str, str]) -> Advert | None:
     return Advert(
         cluster=cluster,
         node_id=node_id[:64],
-        version=_printable(txt.get("version", ""))[:32],
+        version=printable(txt.get("version", ""))[:32],
         protocol=protocol,
         port=port,
         addresses=tuple(txt.get("at", "").split(",")),
-        name=_printable(txt.get("name", ""))[:64],
+        name=printable(txt.get("name", "")),
         proof=txt.get("proof", ""),
     )
 
@@ -157,6 +157,11 @@ def refusal_of(advert: Advert, *, cluster: str, protocol: int, key: bytes) -> Re
     return None
 
 
+def printable(text: str) -> str:
+    """A stranger's text for logs and terminals: nothing that drives one, 64 letters at most."""
+    return "".join(letter for letter in text if letter.isprintable())[:64]
+
+
 def _proof(advert: Advert, key: bytes) -> str:
     told = [advert.cluster, advert.node_id, advert.protocol, advert.port, *advert.addresses]
     return hmac.new(key, json.dumps(told).encode(), hashlib.sha256).hexdigest()[:32]
@@ -172,7 +177,3 @@ def _fitting(addresses: tuple[str, ...]) -> tuple[str, ...]:
 
 def _is_small_number(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) <= 5
-
-
-def _printable(text: str) -> str:
-    return "".join(letter for letter in text if letter.isprintable())

@@ -25,7 +25,7 @@ from typing import Final, Literal
 import msgspec
 
 from skulk.discovery.addresses import usable_routes
-from skulk.discovery.adverts import Problem, Refusal
+from skulk.discovery.adverts import Problem, Refusal, printable
 
 REMEMBERED_S: Final = 30 * 24 * 3600.0
 MAX_PEERS: Final = 1_000
@@ -135,10 +135,10 @@ def with_heard(known: Known, node_id: str, routes: tuple[str, ...], now: float, 
     if not usable:
         return known
     if before is not None:
-        name = name or before.name
+        name = printable(name) or before.name
         if (before.routes, before.name) == (usable, name) and now - before.heard_at < NOTED_S:
             return known if node_id not in known.refused else _without_refusal(known, node_id)
-    heard = Neighbour(node_id=node_id, routes=usable, heard_at=now, name=name)
+    heard = Neighbour(node_id=node_id, routes=usable, heard_at=now, name=printable(name))
     neighbours = {**known.neighbours, node_id: heard}
     if len(neighbours) > MAX_PEERS:
         oldest = min(neighbours.values(), key=lambda one: (one.heard_at, one.node_id))

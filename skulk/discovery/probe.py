@@ -22,8 +22,9 @@ from typing import Final
 import msgspec
 
 from skulk.discovery.addresses import split_route
-from skulk.discovery.adverts import Problem
+from skulk.discovery.adverts import Problem, printable
 from skulk.discovery.peers import Answer
+from skulk.ids import is_token
 
 TIMEOUT_S: Final = 1.5
 LINE_LIMIT: Final = 64 * 1024
@@ -65,8 +66,9 @@ def server_name(node_id: str, incarnation: str) -> str:
 
 
 def node_of_server(name: str) -> str:
-    """The node whose server has this name."""
-    return name.removeprefix(PREFIX).partition(".")[0]
+    """The node whose server has this name; empty where it is no node's."""
+    node_id = name.removeprefix(PREFIX).partition(".")[0]
+    return node_id if is_token(node_id) else ""
 
 
 async def ask_route(route: str, caller: Caller, now: float, timeout_s: float = TIMEOUT_S) -> Answer:
@@ -103,7 +105,7 @@ def judge(route: str, caller: Caller, info_line: bytes, now: float) -> Answer:
     if info.client_id is not None:
         return _no(now, "other_program", f"{route} is a NATS port for clients; peers are reached by their --route-port")
     if info.cluster != caller.cluster:
-        name = info.cluster.removeprefix(PREFIX) or "without a name"
+        name = printable(info.cluster.removeprefix(PREFIX)) or "without a name"
         mine = caller.cluster.removeprefix(PREFIX)
         return _no(now, "other_cluster", f"{route} belongs to the cluster {name}, this node to {mine} (--cluster NAME)")
     answer = Answer(at=now, node_id=node_of_server(info.server_name))
@@ -141,8 +143,8 @@ async def _speaks_tls(route: str, timeout_s: float) -> bool:
     try:
         async with asyncio.timeout(timeout_s), _connection(route, context):
             return True
-    except ssl.SSLError:
-        return True
+    except ssl.SSLError as error:
+        return "ALERT" in (error.reason or "")  # who refuses a handshake in its words speaks TLS
     except OSError:
         return False
 
