@@ -26,6 +26,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         api_host: address the gateway listens on.
         nats_port: client port of the own nats-server, loopback only; 0 picks a free one, as for the other ports.
         bootstrap_peers: ``host:port`` of other nodes' routes.
+        route_advertise: ``host[:port]`` by which others reach this node's routes; empty: its addresses.
+        tls_cert, tls_key, tls_ca: files for TLS between nats-servers; all or none.
+        events_stream: keep the events in a JetStream stream of the bus that ``nats_url`` names.
         local: everything on loopback, no discovery.
         api: whether this node has a gateway.
         place: models to have at least one instance of.
@@ -52,6 +55,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     route_port: int = 52416
     files_port: int = 52417
     bootstrap_peers: tuple[str, ...] = ()
+    route_advertise: str = ""
     mdns: bool = True
     local: bool = False
     api: bool = True
@@ -61,8 +65,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_level: LogLevel = "info"
     place: tuple[str, ...] = ()
     nats_url: str = ""
+    events_stream: bool = False
     nats_server: str = ""
     cluster_token: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_ca: str = ""
     api_keys: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     memory_limit_bytes: int = 0

@@ -27,7 +27,7 @@ DEFAULT: Final = "default"
 # How a parent tells a child of ours where to announce its readiness; no setting.
 INTERNAL_VARIABLES: Final = ("SKULK_READY_FD",)
 _IMPLIED_BY_LOCAL: Final = "implied by local"
-_FOLDERS: Final = ("home", "models_dir", "hf_home")
+_FOLDERS: Final = ("home", "models_dir", "hf_home", "tls_cert", "tls_key", "tls_ca")
 _PORTS: Final = ("api_port", "nats_port", "route_port", "files_port")
 _MAX_FILE_BYTES: Final = 1024 * 1024
 
@@ -255,8 +255,13 @@ def _without_effect(settings: Settings, sources: Mapping[str, str]) -> Iterable[
     for option in OPTIONS:
         if option.unserved and sources[option.field] != DEFAULT and _is_changed(settings, option.field):
             yield f"{sources[option.field]}: {option.key} has no effect: {option.unserved}."
-    if settings.local and settings.bootstrap_peers:
-        yield f"{sources['bootstrap_peers']}: bootstrap_peers has no effect with local: no other node is met."
+    beyond = [peer for peer in settings.bootstrap_peers if not is_loopback(peer.rpartition(":")[0].strip("[]"))]
+    if settings.local and beyond:
+        yield f"{sources['bootstrap_peers']}: {', '.join(beyond)} won't be met: local keeps everything on loopback."
+    if settings.nats_url and settings.bootstrap_peers:
+        yield f"{sources['bootstrap_peers']}: bootstrap_peers has no effect: nodes meet on the bus of nats_url."
+    if settings.events_stream and not settings.nats_url:
+        yield f"{sources['events_stream']}: no effect without nats_url: a node's own bus has no JetStream."
 
 
 def _is_changed(settings: Settings, field: str) -> bool:

@@ -15,10 +15,12 @@ from skulk.settings import Settings
 from skulk.settings_values import (
     CLUSTER,
     COMPUTES,
+    FILE,
     FOLDER,
     FOLDERS,
     GPU_LAYERS,
     HOST,
+    HOST_PORT,
     HTTP_URL,
     KV_TYPES,
     NATS_URLS,
@@ -143,7 +145,12 @@ OPTIONS: Final[tuple[Option, ...]] = (
         "routes of nodes to dial, host[:port] separated by commas",
         flag="--bootstrap-peers",
         metavar="LIST",
-        unserved="nodes don't join each other yet",
+    ),
+    _option(
+        "route_advertise",
+        "SKULK_ROUTE_ADVERTISE",
+        HOST_PORT,
+        "host[:port] by which others reach this node's routes, behind NAT or in a container (default: its addresses)",
     ),
     _option(
         "mdns",
@@ -189,10 +196,19 @@ OPTIONS: Final[tuple[Option, ...]] = (
     _option(
         "nats_url", "SKULK_NATS_URL", NATS_URLS, "an existing NATS deployment to use; no nats-server is started then"
     ),
+    _option(
+        "events_stream",
+        "SKULK_EVENTS_STREAM",
+        SWITCH,
+        "keep the events in the stream SKULK_EVENTS of the bus that SKULK_NATS_URL names (needs JetStream)",
+    ),
     _option("nats_server", "SKULK_NATS_SERVER", TEXT, "the nats-server binary to run"),
     _option(
         "cluster_token", "SKULK_CLUSTER_TOKEN", TEXT, "secret that nodes and clients of the bus must show", secret=True
     ),
+    _option("tls_cert", "SKULK_TLS_CERT", FILE, "certificate of this node, for TLS between nats-servers"),
+    _option("tls_key", "SKULK_TLS_KEY", FILE, "its private key"),
+    _option("tls_ca", "SKULK_TLS_CA", FILE, "certificate of the authority that signed those of all nodes"),
     _option(
         "api_keys",
         "SKULK_API_KEYS",

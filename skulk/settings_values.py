@@ -162,6 +162,13 @@ def _parse_host(raw: Raw) -> str:
     return text
 
 
+def _parse_host_port(raw: Raw) -> str:
+    text = _scalar(raw)
+    named = _HOST_PORT.fullmatch(text)
+    _check(named and (named[3] is None or 0 < int(named[3][:6]) < 65536))
+    return text
+
+
 def _parse_folders(raw: Raw) -> tuple[str, ...]:
     parts = raw if isinstance(raw, list) else re.split(r"[,:]", raw)
     folders = [part.strip() for part in parts if part.strip()]
@@ -261,7 +268,11 @@ NEGATED: Final = Parser(parse=_negate, accepts=SWITCH.accepts, show=_show_negate
 SIZE: Final = Parser(parse=parse_size, accepts="a size such as 24GiB, 512MiB or 1073741824", show=_show_size)
 TEXT: Final = Parser(parse=_parse_text, accepts="one line of text")
 HOST: Final = Parser(parse=_parse_host, accepts="a host name or an address of this machine, without a port")
+HOST_PORT: Final = Parser(
+    parse=_parse_host_port, accepts="a host name or an address that others can reach, with or without :port"
+)
 FOLDER: Final = Parser(parse=_parse_path, accepts="a path")
+FILE: Final = FOLDER
 FOLDERS: Final = _listing(_parse_folders, "folders, separated by commas or colons")
 CLUSTER: Final = Parser(parse=_parse_cluster, accepts="1 to 32 of the characters a-z 0-9 _ -")
 PEERS: Final = _listing(_parse_peers, "a comma list of host, host:port or /ip4/ADDRESS/tcp/PORT")

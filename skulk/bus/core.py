@@ -20,6 +20,8 @@ from skulk.bus.port import BusCounters, BusState, Call, Received, Service, Subsc
 from skulk.bus.services import ServedService, raise_error_answer
 from skulk.bus.subjects import Channel, Endpoint, Template
 from skulk.bus.transport import (
+    MESSAGE_ID,
+    NO_HEADERS,
     NO_RESPONDERS,
     REMAINING_MS,
     STATUS,
@@ -131,6 +133,15 @@ class CoreBus:
         """Subscribes; `settle` tells when the server knows of it."""
         return await self._transport.subscribe(subject, receive, queue=queue)
 
+    async def ask(self, subject: str, body: bytes, timeout_s: float) -> bytes:
+        """Asks on a subject that isn't ours, such as JetStream's API.
+
+        Raises:
+            UnavailableError: ``bus_disconnected``; ``unreachable``: nobody listens there.
+            ServiceError: ``deadline_exceeded``.
+        """
+        return (await self._ask(subject, body, {}, self._clock.now() + timeout_s)).body
+
     async def settle(self) -> None:
         """Returns when the server knows of all subscriptions; at once if it can't be asked: they are replayed."""
         try:
@@ -141,7 +152,8 @@ class CoreBus:
     # Bus
 
     async def publish(self, channel: Channel[M], message: M, **ids: str) -> None:
-        await self.send(Raw(self._subject(channel, ids), encode(message)))
+        headers = NO_HEADERS if channel.message_id is None else {MESSAGE_ID: channel.message_id(message)}
+        await self.send(Raw(self._subject(channel, ids), encode(message), headers=headers))
         self._counters.published += 1
 
     async def subscribe(

@@ -250,6 +250,14 @@ class Connection:
         except (nats.errors.Error, OSError) as error:
             raise disconnected(str(error) or type(error).__name__) from error
 
+    async def flush(self, timeout_s: int) -> None:
+        """Returns when the server has answered a ping.
+
+        Raises:
+            nats.errors.Error: it didn't in time.
+        """
+        await self._client.flush(timeout_s)
+
     async def subscribe(self, key: object, subject: str, queue: str, receive: Receive) -> None:
         """Subscribes on this client. What it has left when it is lost isn't delivered: the next one may be ahead."""
         lost = self.lost

@@ -6,6 +6,7 @@ Grammar: ``skulk.<cluster>.v1.<plane>.<noun>.<id>…``; every token matches ``[a
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, Final, Generic, TypeVar
 
 from skulk.errors import RequestError
@@ -82,12 +83,14 @@ class Channel(Template, Generic[M]):
     Args:
         name: as in ``subjects.toml``.
         payload: type of its messages.
+        message_id: of a message, for a stream that keeps them and must not keep one twice; None: they aren't kept.
     """
 
-    def __init__(self, name: str, text: str, payload: type[M]) -> None:
+    def __init__(self, name: str, text: str, payload: type[M], *, message_id: Callable[[M], str] | None = None) -> None:
         super().__init__(text)
         self.name = name
         self.payload = payload
+        self.message_id = message_id
 
 
 class Endpoint(Template, Generic[Q, R]):
@@ -128,10 +131,16 @@ class Endpoint(Template, Generic[Q, R]):
         return self.text.split(".")[1]
 
 
+def _event_id(record: EventRecord) -> str:
+    """``<term>-<seq>``: the whole term, as two masters can share its number."""
+    term = record.position.term
+    return f"{term.number}.{term.node_id}.{term.incarnation}-{record.position.seq}"
+
+
 NODE_BEAT: Final = Channel("node_beat", "beat.node.{node}", NodeBeat)
 MASTER_BEAT: Final = Channel("master_beat", "beat.master.{node}", MasterBeat)
 GATEWAY_BEAT: Final = Channel("gateway_beat", "beat.gateway.{gateway}", GatewayBeat)
-EVENT: Final = Channel("event", "event.{kind}.{subject}", EventRecord)
+EVENT: Final = Channel("event", "event.{kind}.{subject}", EventRecord, message_id=_event_id)
 RUNNER_STATUS: Final = Channel("runner_status", "status.runner.{runner}", RunnerStatus)
 STREAM: Final = Channel("stream", "stream.{gateway}.{request}.{attempt}", Chunk)
 ALIVE: Final = Channel("alive", "alive.{gateway}.{runner}", Alive)

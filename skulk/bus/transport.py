@@ -18,6 +18,7 @@ from skulk.units import format_bytes
 
 REMAINING_MS: Final = "Skulk-Remaining-Ms"
 PARCEL: Final = "Skulk-Parcel"
+MESSAGE_ID: Final = "Nats-Msg-Id"
 SERVICE_ERROR: Final = "Nats-Service-Error"
 SERVICE_ERROR_CODE: Final = "Nats-Service-Error-Code"
 STATUS: Final = "Status"

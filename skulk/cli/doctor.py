@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import socket
@@ -9,11 +10,14 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
 
+from skulk.bus.permissions import check_permissions, probe_permissions
+from skulk.cli.check import Check
 from skulk.cli.context import Column, Context, note, print_rows
+from skulk.cli.doctor_peers import check_peers
 from skulk.cli.launcher import CARDS_FOLDER, VERIFIED_FILE
 from skulk.cli.node_file import NodeFile, read_node_file
 from skulk.engines.llama_cpp.probe import Probe
@@ -29,15 +33,6 @@ NEWEST_PYTHON: Final = (3, 13)
 # Drivers of GPUs take their time, and some hang.
 PROBE_TIMEOUT_S: Final = 60.0
 LOW_DISK_BYTES: Final = GIB
-
-
-class Check(msgspec.Struct, frozen=True, kw_only=True):
-    """One finding. ``verdict``: ``ok``; ``warn``: a node runs, with less; ``fail``: it can't start or serve."""
-
-    check: str
-    verdict: Literal["ok", "warn", "fail"]
-    detail: str
-    remedy: str = ""
 
 
 COLUMNS = (
@@ -66,8 +61,10 @@ def checks(settings: Settings) -> Iterable[Check]:
     yield from check_ports(settings, node)
     if settings.nats_url:
         yield Check(check="nats-server", verdict="ok", detail="not needed: SKULK_NATS_URL names a bus")
+        yield check_bus(settings)
     else:
         yield check_nats_server(settings.nats_server)
+    yield from check_peers(settings, node)
     yield check_engine(settings, probe_engine())
     yield check_models(settings)
 
@@ -147,6 +144,16 @@ def check_nats_server(setting: str) -> Check:
     except StartError as error:
         return Check(check="nats-server", verdict="fail", detail=error.detail)
     return Check(check="nats-server", verdict="ok", detail=f"{version} at {binary}")
+
+
+def check_bus(settings: Settings) -> Check:
+    """Whether a node may do on an existing bus all that it does."""
+    try:
+        found = asyncio.run(probe_permissions(settings.nats_url, settings.cluster))
+        check_permissions(found, settings.cluster)
+    except StartError as error:
+        return Check(check="bus", verdict="fail", detail=error.detail)
+    return Check(check="bus", verdict="ok", detail=f"usable; messages of up to {format_bytes(found.max_payload)}")
 
 
 def probe_engine() -> Probe:

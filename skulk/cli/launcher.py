@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import re
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -18,10 +17,14 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from skulk import __version__
+from skulk.bus.events_stream import STREAM, ensure_events_stream
 from skulk.bus.nats_bus import NatsBus, parse_addresses
+from skulk.bus.permissions import check_permissions, probe_permissions
 from skulk.bus.replica import Replica
 from skulk.bus.subjects import MASTER_PLACE
 from skulk.cli.gateway_watch import GatewayWatch
+from skulk.cli.mesh import Mesh, known_at_start, routes_of
+from skulk.cli.nats_settings import server_config
 from skulk.cli.node_file import NodeFile, remove_node_file, write_node_file
 from skulk.clock import Clock, SystemClock
 from skulk.errors import SkulkError, StartError, error_of
@@ -40,7 +43,6 @@ from skulk.settings import Settings
 from skulk.supervision.child import Child, ChildSpec, Ready
 from skulk.supervision.home import ChildLedger, HomeLock, reap_leftovers
 from skulk.supervision.nats_binary import usable_nats_server
-from skulk.supervision.nats_config import NatsServerConfig, route_credentials
 from skulk.supervision.nats_server import NatsEndpoint, NatsServer
 from skulk.supervision.restarts import GiveUp
 from skulk.supervision.supervisor import Supervised
@@ -55,9 +57,9 @@ MASTER_WAIT_S: Final = 10.0
 PLACE_TIMEOUT_S: Final = 40.0
 ELECTION_PATIENCE_S: Final = 1.5
 GATEWAY_DRAIN_S: Final = 5.0
+EVENTS_LOOK_S: Final = 60.0
 VERIFIED_FILE: Final = "verified.json"
 CARDS_FOLDER: Final = "cards"
-_LIKE_BCRYPT: Final = re.compile(r"\$2[abxy]?\$")
 
 
 class Running:
@@ -121,23 +123,6 @@ async def launch(settings: Settings) -> AsyncGenerator[Running]:
         yield running
 
 
-def client_password(token: str) -> str:
-    """The password of the bus's clients: the cluster's token as it is, so that a person can show it too.
-
-    Raises:
-        StartError: ``config_invalid``: nats-server would read it as something else.
-    """
-    if not token.isprintable():
-        raise StartError("config_invalid", "SKULK_CLUSTER_TOKEN holds a control character; choose one without.")
-    if _LIKE_BCRYPT.match(token):
-        raise StartError(
-            "config_invalid",
-            f"SKULK_CLUSTER_TOKEN begins with {token[:4]!r}, which nats-server takes for the hash of a password; "
-            "choose one that begins otherwise.",
-        )
-    return token
-
-
 def shown_url(url: str) -> str:
     """A bus's addresses without credentials."""
     urls = (urlsplit(address.url) for address in parse_addresses(url))
@@ -163,6 +148,20 @@ def _catalogue(settings: Settings) -> Catalogue:
     return catalogue
 
 
+async def _keep_events(bus: NatsBus) -> None:
+    """Sees to the stream of events, now and again: an operator may remove it, JetStream may come later."""
+    told: str | None = None
+    while True:
+        problem = await ensure_events_stream(bus)
+        if problem != told:
+            told = problem
+            if problem:
+                log.warning("%s", problem)
+            else:
+                log.info("the events are kept in the stream %s", STREAM)
+        await asyncio.sleep(EVENTS_LOOK_S)
+
+
 class _Launcher:
     """The steps of one start; what each of them must undo is pushed on the stack."""
 
@@ -185,6 +184,8 @@ class _Launcher:
         self._ledger = ChildLedger(self._home)
         self._gateway_id = f"gw-{identity.node_id}"
         self._endpoint: NatsEndpoint | None = None
+        self._mesh: Mesh | None = None
+        self._may_meet_others = True
         self._api: str | None = None
         self._api_port = settings.api_port
 
@@ -194,6 +195,8 @@ class _Launcher:
         self._running.nats_url = shown_url(address.url)
         self._running.nats_options = nats_options(address)
         bus = await self._connect(address)
+        if self._settings.nats_url:
+            await self._check_existing(bus)
         replica = Replica(bus, self._clock, load_state(self._home, bus.cluster))
         await replica.start()
         self._stack.push_async_callback(replica.close)
@@ -219,20 +222,14 @@ class _Launcher:
         if settings.nats_url:
             return BusAddress(url=settings.nats_url)
         binary = await asyncio.to_thread(usable_nats_server, settings.nats_server)
-        routes = route_credentials(settings.cluster_token) if settings.cluster_token else None
-        config = NatsServerConfig(
-            server_name=f"skulk-{self._identity.node_id}",
-            cluster_name=f"skulk-{settings.cluster}",
-            client_password=client_password(settings.cluster_token),
-            client_port=settings.nats_port,
-            route_port=settings.route_port,
-            route_user="" if routes is None else routes.user,
-            route_password="" if routes is None else routes.password,
-            local=settings.local,
-        )
-        server = NatsServer(binary, self._home, config, ledger=self._ledger, clock=self._clock)
+        known, kept = known_at_start(settings, self._identity.node_id)
+        self._may_meet_others = not settings.local or bool(settings.bootstrap_peers or known.neighbours)
+        config = server_config(settings, self._identity.node_id, self._identity.incarnation, routes_of(known))
+        server = NatsServer(binary, self._home, config, ledger=self._ledger, kept=kept, clock=self._clock)
         self._keep("nats-server", server.run(), server.stop)
         self._endpoint = endpoint = await server.wait_ready()
+        self._mesh = mesh = Mesh(settings, known, config, server, self._clock, name=self._identity.name)
+        self._spawn("mesh", mesh.run())
         password = endpoint.password
         return BusAddress(url=endpoint.client_url, user=endpoint.user if password else "", password=password)
 
@@ -248,6 +245,13 @@ class _Launcher:
         self._stack.push_async_callback(bus.close)
         await bus.connect()
         return bus
+
+    async def _check_existing(self, bus: NatsBus) -> None:
+        """Of a bus that isn't ours: may we do all that a node does, and are the events kept there?"""
+        url, cluster = self._settings.nats_url, self._settings.cluster
+        check_permissions(await probe_permissions(url, cluster), cluster)
+        if self._settings.events_stream:
+            self._spawn("events-stream", _keep_events(bus))
 
     async def _start_roles(self, address: BusAddress) -> None:
         settings, identity, bus, replica = self._settings, self._identity, self._bus, self._replica
@@ -266,7 +270,7 @@ class _Launcher:
             self._clock,
             node_id=identity.node_id,
             incarnation=identity.incarnation,
-            patience_s=0.0 if self._is_alone() else ELECTION_PATIENCE_S,
+            patience_s=ELECTION_PATIENCE_S if self._may_meet_others else 0.0,
             rules=Rules(replace_after_s=settings.replace_after_s, default_parallel=settings.parallel),
         )
         node = Node(
@@ -278,16 +282,18 @@ class _Launcher:
             hosting=Hosting(bus, self._clock, identity.node_id, machine),
             state_file=StateFile(self._home),
             authority=lambda: master.state,
-            roles=lambda: NodeRoles(version=__version__, role=settings.participation, api=self._api),
+            roles=self._roles,
         )
+        if self._mesh is not None:
+            self._mesh.follow(lambda: [node.beat for node in replica.view.nodes.values()])
         self._spawn("replica", replica.run())
         self._spawn("master", master.run())
         self._spawn("node", node.run())
         self._spawn("meter", meter.run())
 
-    def _is_alone(self) -> bool:
-        """Whether no other node can be met, so that nobody needs to be waited for."""
-        return self._settings.local and not self._settings.bootstrap_peers and not self._settings.nats_url
+    def _roles(self) -> NodeRoles:
+        routes = () if self._mesh is None else self._mesh.routes
+        return NodeRoles(version=__version__, role=self._settings.participation, routes=routes, api=self._api)
 
     async def _start_gateway(self, address: BusAddress) -> None:
         gateway = Supervised(

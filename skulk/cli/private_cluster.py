@@ -29,8 +29,8 @@ _ITS_FAULT: Final = ("child_failed", "runner_failed", "stream_lost", "cluster_no
 # What makes the user's node that node, and not another on the same machine.
 _OWN: Final = (
     *("home", "cluster", "api", "api_url", "api_host", "api_port", "nats_port", "route_port", "files_port", "nats_url"),
-    *("local", "mdns", "bootstrap_peers", "participation", "place", "log_format"),
-    *("cluster_token", "api_keys", "allowed_hosts"),
+    *("local", "mdns", "bootstrap_peers", "route_advertise", "participation", "place", "log_format", "events_stream"),
+    *("cluster_token", "tls_cert", "tls_key", "tls_ca", "api_keys", "allowed_hosts"),
 )
 INHERITED: Final = tuple(option.field for option in OPTIONS if option.field not in _OWN)
 

@@ -161,6 +161,11 @@ def _say_started(settings: Settings, running: Running) -> None:
             f"the API listens on {settings.api_host} and trusts its network: whoever reaches this machine may use it. "
             "--local keeps it on this machine, SKULK_API_KEYS asks for keys, SKULK_CLUSTER_TOKEN guards the bus."
         )
+    elif not settings.local and not settings.nats_url and not settings.cluster_token:
+        note(
+            "the bus is open to the network: whoever reaches this machine's route port may join the cluster. "
+            "--local keeps it on this machine, SKULK_CLUSTER_TOKEN guards it."
+        )
     for reply in running.placed:
         if reply.decision.outcome != "placed":
             note(reply.decision.reason)

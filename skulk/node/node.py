@@ -57,11 +57,11 @@ class Meter(Protocol):
 
 
 class NodeRoles(msgspec.Struct, frozen=True, kw_only=True):
-    """What a node is told about its place in the cluster: ``version`` of Skulk, its role, its addresses."""
+    """What a node is told about its place in the cluster: ``version`` of Skulk, its role, its addresses now."""
 
     version: str
     role: Role
-    route: str | None = None
+    routes: tuple[str, ...] = ()
     api: str | None = None
 
 
@@ -174,7 +174,8 @@ class Node:
             position=view.state.position,
             state_hash=self._replica.hash,
             master=None if view.master is None else view.master.node_id,
-            route=roles.route,
+            route=next(iter(roles.routes), None),
+            routes=roles.routes,
             api=roles.api,
             hears=tuple(sorted(view.nodes)),
         )

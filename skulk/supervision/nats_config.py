@@ -6,6 +6,8 @@
 | ping_interval 1 s, ping_max 3| the defaults (2 min, 2) never noticed a silent cut; these do within 3.5 s             |
 | no_advertise                 | else clients learn other nodes' loopback addresses and silently move there            |
 | connect_retries              | a gossiped route is tried once by default, and two nodes that lost each other stay so |
+| pool_size -1                 | one connection a peer: of a pool, a part can be missing, and its subjects with it     |
+| advertise                    | what other servers gossip; without it, the address a connection came from             |
 | *_error_reports              | a switched-off neighbour would fill the log with one line a second                    |
 | authorization                | stands in this file (0600), never on a command line, which every user can read        |
 
@@ -48,7 +50,8 @@ class NatsServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         monitor_port: HTTP on loopback; None: off.
         route_host: address the routes' listener binds to; see `local`.
         route_port: None: no cluster.
-        routes: ``host:port`` of other servers' route listeners.
+        routes: ``host:port`` of other servers' route listeners; one for each server.
+        advertise: ``host[:port]`` by which others reach this one's; empty: as they see it.
         client_user, client_password: for clients; no password: whoever is on this machine may connect.
         route_user, route_password: both empty: any server that knows the cluster's name may join.
         tls: for routes.
@@ -65,6 +68,7 @@ class NatsServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     route_host: str = ANY_HOST
     route_port: int | None = 0
     routes: tuple[str, ...] = ()
+    advertise: str = ""
     route_user: str = ""
     route_password: str = ""
     tls: RouteTls | None = None
@@ -140,6 +144,8 @@ def _cluster_lines(config: NatsServerConfig, port: int) -> list[str]:
         f"  host: {_quoted(LOOPBACK if config.local else config.route_host)}",
         f"  port: {port}",
         "  no_advertise: true",
+        *([f"  advertise: {_quoted(config.advertise)}"] if config.advertise else []),
+        "  pool_size: -1",
         f"  connect_retries: {CONNECT_RETRIES}",
         '  ping_interval: "1s"',
         "  ping_max: 3",

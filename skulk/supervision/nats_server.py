@@ -79,6 +79,7 @@ class NatsServer:
         on_endpoint: it serves, first or again.
         on_exit: a life ended unasked.
         ledger: where running children are written down.
+        kept: ports of an earlier time, to be taken again where the settings ask for free ones.
         policy: when it starts again.
         ping: when it counts as dead.
         clock: for both.
@@ -93,6 +94,7 @@ class NatsServer:
         on_endpoint: Callable[[NatsEndpoint], None] = _nothing,
         on_exit: Callable[[Crash], None] = _nothing,
         ledger: Ledger | None = None,
+        kept: NatsPorts | None = None,
         policy: RestartPolicy | None = None,
         ping: PingPolicy | None = None,
         clock: Clock | None = None,
@@ -105,7 +107,7 @@ class NatsServer:
         self._clock: Clock = clock or SystemClock()
         self._asked = NatsPorts()  # what the present life was told, which a reload must repeat
         self._seen = NatsPorts()  # what the present life says
-        self._kept = NatsPorts()  # what the next life is told
+        self._kept = kept or NatsPorts()  # what the next life is told
         self._written = ""
         self._endpoint: NatsEndpoint | None = None
         self._life: Child | None = None
@@ -127,6 +129,12 @@ class NatsServer:
     def pid(self) -> int | None:
         """The process that serves; None between two lives."""
         return self._supervised.pid
+
+    @property
+    def endpoint(self) -> NatsEndpoint:
+        """Where the last life serves or served; there has been one. A port that was taken meanwhile is another one."""
+        assert self._endpoint is not None, "it has never served"
+        return self._endpoint
 
     async def run(self) -> GiveUp | None:
         """Keep it running; call once.

@@ -101,7 +101,8 @@ class NodeBeat(Wire, frozen=True, kw_only=True):
         models: weights that lie on its disk.
         runners: every runner it has, with its status.
         position: of its state; ``state_hash`` is that state's digest.
-        route: ``host:port`` of its nats-server's routes; None on loopback only.
+        route: the first of ``routes``; None where it has none.
+        routes: ``host:port`` of each address by which servers of other nodes reach its nats-server.
         api: ``host:port`` of its gateway; None without one.
         hears: the nodes whose beats it hears.
     """
@@ -128,6 +129,7 @@ class NodeBeat(Wire, frozen=True, kw_only=True):
     route: str | None = None
     api: str | None = None
     hears: tuple[str, ...] = ()
+    routes: tuple[str, ...] = ()
 
 
 class MasterBeat(Wire, frozen=True, kw_only=True):

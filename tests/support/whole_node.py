@@ -125,13 +125,13 @@ class WholeNode:
             await asyncio.sleep(0.1)
         return state
 
-    async def wait_ready(self) -> str:
+    async def wait_ready(self, timeout_s: float = READY_S) -> str:
         """The id of the instance that is ready."""
 
         def is_ready(state: dict[str, Any]) -> bool:
             return any("RunnerReady" in runner or "RunnerRunning" in runner for runner in state["runners"].values())
 
-        state = await self.wait_state(is_ready, READY_S)
+        state = await self.wait_state(is_ready, timeout_s)
         return next(iter(state["instances"]))
 
     async def wait_output(self, text: str, timeout_s: float = 30.0) -> str:

@@ -258,9 +258,8 @@ def test_warnings(tmp_path: Path):
     assert loaded.warnings == (
         "SKULK_API_PROT is no variable that this version knows (did you mean SKULK_API_PORT?); it has no effect.",
         "SKULK_XYZZY is no variable that this version knows; it has no effect.",
-        "environment SKULK_BOOTSTRAP_PEERS: bootstrap_peers has no effect: nodes don't join each other yet.",
         "environment SKULK_LLAMA_CPP_LOGITS_ALL: llama_cpp_logits_all has no effect: logprobs are not served yet.",
-        "environment SKULK_BOOTSTRAP_PEERS: bootstrap_peers has no effect with local: no other node is met.",
+        "environment SKULK_BOOTSTRAP_PEERS: a:52416 won't be met: local keeps everything on loopback.",
     )
     assert (
         load(tmp_path, environ={"SKULK_LLAMA_CPP_LOGITS_ALL": "0", "SKULK_API_PORT": "", "SKULK_X": ""}).warnings == ()

@@ -18,7 +18,7 @@ import pytest
 from skulk.errors import ServiceError, StartError
 from skulk.supervision import nats_server as nats_server_module
 from skulk.supervision.nats_binary import find_nats_server
-from skulk.supervision.nats_config import NatsServerConfig, new_password
+from skulk.supervision.nats_config import NatsPorts, NatsServerConfig, new_password
 from skulk.supervision.nats_ping import PingConnection
 from skulk.supervision.nats_server import NatsEndpoint, NatsServer
 from skulk.supervision.restarts import GiveUp, RestartPolicy
@@ -41,7 +41,7 @@ def config(name: str = "n1", **changes: object) -> NatsServerConfig:
 class Running:
     """A server in a task of its own, and what it reported."""
 
-    def __init__(self, home: Path, settings: NatsServerConfig) -> None:
+    def __init__(self, home: Path, settings: NatsServerConfig, kept: NatsPorts | None) -> None:
         self.endpoints: asyncio.Queue[NatsEndpoint] = asyncio.Queue(100)
         self.crashes: list[Crash] = []
         self.server = NatsServer(
@@ -50,14 +50,15 @@ class Running:
             settings,
             on_endpoint=self.endpoints.put_nowait,
             on_exit=self.crashes.append,
+            kept=kept,
             policy=QUICK,
         )
 
 
 @asynccontextmanager
-async def running(home: Path, settings: NatsServerConfig) -> AsyncGenerator[Running]:
+async def running(home: Path, settings: NatsServerConfig, kept: NatsPorts | None = None) -> AsyncGenerator[Running]:
     async with asyncio.TaskGroup() as tasks, asyncio.timeout(60.0):
-        life = Running(home, settings)
+        life = Running(home, settings, kept)
         task = tasks.create_task(life.server.run(), name="server")
         yield life
         await life.server.stop()
@@ -188,6 +189,21 @@ async def test_a_server_with_another_token_does_not_join(tmp_path: Path) -> None
             there = await two.server.wait_ready()
             await refused
             assert routes_of(here) == routes_of(there) == set()
+
+
+async def test_ports_of_an_earlier_time_are_taken_again_or_exchanged(tmp_path: Path) -> None:
+    async with running(tmp_path, config()) as life:
+        ports = await life.server.wait_ready()
+        assert ports.route_port is not None
+    kept = NatsPorts(route=ports.route_port)
+    async with running(tmp_path, config(), kept) as life:
+        assert (await life.server.wait_ready()).route_port == life.server.endpoint.route_port == ports.route_port
+    with closing(socket.socket()) as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", ports.route_port))
+        holder.listen()
+        async with running(tmp_path, config(), kept) as life:
+            assert (await life.server.wait_ready()).route_port not in (None, 0, ports.route_port)
 
 
 async def test_a_reload_that_is_refused_keeps_the_former_settings(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from skulk.cli.launcher import client_password, nats_options, shown_url
+from skulk.cli.launcher import nats_options, shown_url
+from skulk.cli.nats_settings import client_password
 from skulk.errors import StartError
 from skulk.node.processes import BusAddress
 

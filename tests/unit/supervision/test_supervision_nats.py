@@ -92,6 +92,12 @@ def test_the_real_server_loads_the_tls_files(tmp_path: Path) -> None:
     assert "none.pem" in check(msgspec.structs.replace(CONFIG, tls=broken), tmp_path)
 
 
+def test_a_peer_has_one_connection_and_hears_the_address_that_was_told() -> None:
+    assert "  pool_size: -1" in render(CONFIG).splitlines()
+    assert 'advertise: "' not in render(CONFIG)
+    assert '  advertise: "box.example:7"' in render(msgspec.structs.replace(CONFIG, advertise="box.example:7"))
+
+
 def test_clients_and_monitoring_are_on_loopback_and_no_other_door_is_open() -> None:
     lines = render(CROWDED).splitlines()
     assert 'host: "127.0.0.1"' in lines and "port: 52414" in lines
