@@ -171,6 +171,11 @@ def card_from_gguf(
     return card
 
 
+def with_vision(card: ModelCard) -> ModelCard:
+    """The card of a model that also sees."""
+    return msgspec.structs.replace(card, capabilities=tuple(dict.fromkeys((*card.capabilities, "vision"))))
+
+
 def is_embedder(header: GgufHeader, architecture: str) -> bool:
     """Whether the model answers with vectors: by its kind, or by a pooling in its header (0: none, 4: a ranker's)."""
     return architecture in _EMBEDDERS or header.get(f"{architecture}.pooling_type", int, 0) > 0

@@ -37,11 +37,11 @@ from skulk.models.gguf import MAX_HEADER_BYTES
 from skulk.models.reference import ModelReference
 from skulk.models.selection import MAX_FILES
 from skulk.wire.model import ModelFile
+from skulk.wire.store import FoundModel
 
 ANSWER_S: Final = 10.0
 MAX_SMALL_FILE: Final = 32 * 1024 * 1024
 MAX_RETRY_AFTER_S: Final = 3600.0
-_BLOCK: Final = 256 * 1024
 # The reader looks at the magic, then asks for 1 MiB behind it: the first part fetched has both.
 _LEAST_READ: Final = 1024 * 1024 + 4096
 _MOST_READ: Final = 8 * 1024 * 1024
@@ -60,15 +60,6 @@ class Repository(msgspec.Struct, frozen=True, kw_only=True):
     files: tuple[ModelFile, ...]
     tags: tuple[str, ...] = ()
     license: str = ""
-
-
-class FoundRepository(msgspec.Struct, frozen=True, kw_only=True):
-    """One answer to a search."""
-
-    repo: str
-    downloads: int = 0
-    likes: int = 0
-    tags: tuple[str, ...] = ()
 
 
 class Hub:
@@ -119,7 +110,7 @@ class Hub:
                 git_oid=getattr(entry, "blob_id", None) if lfs is None else None,
             )
 
-    def search(self, query: str, limit: int) -> tuple[FoundRepository, ...]:
+    def search(self, query: str, limit: int) -> tuple[FoundModel, ...]:
         """GGUF repositories that the hub finds, the most downloaded first.
 
         Raises:
@@ -128,7 +119,7 @@ class Hub:
         with _told(query, ""):
             found = self._api.list_models(search=query, filter="gguf", sort="downloads", limit=limit)
             return tuple(
-                FoundRepository(
+                FoundModel(
                     repo=model.id,
                     downloads=model.downloads or 0,
                     likes=model.likes or 0,
@@ -179,7 +170,7 @@ class Hub:
                 if start + length > MAX_HEADER_BYTES:
                     raise ServiceError("hub_failed", f"the hub gives no part of {name}, only all of it.")
             body = bytearray()
-            for block in response.iter_raw(_BLOCK):
+            for block in response.iter_raw():
                 dropped = min(skip, len(block))
                 skip -= dropped
                 body += block[dropped:]

@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-from skulk.models.card import card_from_gguf
+from skulk.models.card import card_from_gguf, with_vision
 from skulk.models.config_json import card_from_config, is_vision_config, read_config, read_index
 from skulk.models.gguf import GgufHeader, read_header
 from skulk.models.hub import Hub, RemoteFile, Repository
@@ -70,11 +70,6 @@ def _json(hub: Hub, repository: Repository, name: str) -> bytes:
     """A small file of the repository; empty where there is none."""
     file = next((file for file in repository.files if file.name == name), None)
     return b"" if file is None else hub.small_file(repository.repo, repository.revision, file)
-
-
-def with_vision(card: ModelCard) -> ModelCard:
-    """The card of a model that also sees."""
-    return msgspec.structs.replace(card, capabilities=tuple(dict.fromkeys((*card.capabilities, "vision"))))
 
 
 def hub_page(repository: Repository) -> str:

@@ -228,7 +228,7 @@ class SmallHub:
             status, start = 206, int(asked[1])
             end = min(len(body), int(asked[2]) + 1) if asked[2] else len(body)
             if self.lies_about_ranges:
-                start = max(0, start - 1)
+                start += 1
             headers = {**headers, "Content-Range": f"bytes {start}-{end - 1}/{len(body)}"}
         response = web.StreamResponse(status=status, headers=headers)
         response.content_length = end - start
