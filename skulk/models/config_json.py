@@ -1,4 +1,4 @@
-"""``config.json`` and the index of safetensors: the card of an MLX model, and who has eyes. Pure; hostile text is refused.
+"""``config.json`` and the index of safetensors: an MLX model's card, and who has eyes. Pure; takes hostile text.
 
 | card field           | from `config.json` (of a vision model: from its `text_config`)                           |
 |----------------------|------------------------------------------------------------------------------------------|

@@ -4,7 +4,7 @@
         neighbours that have it ──┐
         the hub ──────────────────┴─> workers claim runs of chunks ──> hash of the whole ──> its name
                                           │  failure: give the run back, wait, go on        │ wrong: once more, then
-                                          └─ no progress 8 times: the source is given up    └ from other sources, then fail
+                                          └─ no progress 8 times: the source is given up    └ from others, then fail
 
 There is no limit on the whole, only on each silence and on attempts without progress.
 """

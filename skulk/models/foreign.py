@@ -4,7 +4,8 @@
     Ollama      <folder>/manifests/<host>/<namespace>/<name>/<tag>   JSON that names blobs by their sha256
                 <folder>/blobs/sha256-<digest>                       the GGUF, and a projector where there is one
 
-A model of Ollama's library is called as Ollama calls it, `llama3.2:1b`; of another namespace `<namespace>.<name>:<tag>`.
+A model of Ollama's library is called as Ollama calls it, `llama3.2:1b`; of another namespace,
+`<namespace>.<name>:<tag>`.
 """
 
 from __future__ import annotations

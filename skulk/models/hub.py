@@ -1,7 +1,7 @@
 """The hub, read through huggingface_hub's own client: what a repository holds, and parts of its files. Blocks.
 
-Only the child process of `skulk.models.hub_process` uses this: the library sleeps and retries inside its calls, and what
-blocks can only be cancelled by ending its process.
+Only the child process of `skulk.node.hub_process` uses this: the library sleeps and retries inside its calls, and
+what blocks can only be cancelled by ending its process.
 
 | the hub says                                     | we say                                                         |
 |--------------------------------------------------|----------------------------------------------------------------|
@@ -232,7 +232,7 @@ def told(error: Exception, what: str, revision: str = "") -> SkulkError:
     if isinstance(error, GatedRepoError):
         return RequestError(
             "model_gated",
-            f"{what} is gated: ask for access on its page of the hub, then start the node with HF_TOKEN of that account.",
+            f"{what} is gated: ask for access on its page, then start the node with HF_TOKEN of that account.",
             param="model_id",
         )
     if isinstance(error, RepositoryNotFoundError):

@@ -3,8 +3,9 @@
     <folder>/<key>.part     the bytes, each chunk at its place
     <folder>/<key>.done     one byte for each chunk: 1 when it is whole
 
-A chunk is marked after its bytes were written, so a process killed at any moment leaves nothing marked that isn't there.
-After a loss of power that order may be broken: the hash of the whole, taken before the file gets its name, notices.
+A chunk is marked after its bytes were written, so a process killed at any moment leaves nothing marked that isn't
+there. After a loss of power that order may be broken: the hash of the whole, taken before the file gets its name,
+notices.
 """
 
 from __future__ import annotations

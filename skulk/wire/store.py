@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from skulk.wire.base import ErrorBody, Wire
-from skulk.wire.model import ModelCard
+from skulk.wire.model import ModelCard, ModelFile
 
 DownloadPhase = Literal["waiting", "fetching", "verifying", "done", "failed", "cancelled"]
 
@@ -108,9 +108,10 @@ class VerifiedModel(Wire, frozen=True, kw_only=True):
     Attributes:
         problem: what is wrong, in a sentence; empty: nothing.
         is_pinned: its card pins a hash for every file; else they could only be read.
+        files: as they lie there, with their hashes.
     """
 
     model_id: str
     problem: str = ""
     is_pinned: bool = False
-    digests: dict[str, str] = {}
+    files: tuple[ModelFile, ...] = ()
