@@ -25,8 +25,8 @@ from skulk.wire.commands import (
 )
 from skulk.wire.events import EventRecord
 from skulk.wire.generation import Accepted, Alive, Cancel, Cancelled, Chunk, Generate, Resend, Resent
-from skulk.wire.placement import PlacementDecision
 from skulk.wire.model import ModelCard
+from skulk.wire.placement import PlacementDecision
 from skulk.wire.store import (
     AddModel,
     CancelPull,

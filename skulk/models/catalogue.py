@@ -134,6 +134,7 @@ class Catalogue:
                 model_id=entry.card.model_id,
                 size_bytes=entry.card.size_bytes,
                 sha256=self._verified.known(entry.paths[0]) or entry.card.files[0].sha256,
+                added_at=_modified_at(entry.paths[0]),
             )
             for entry in self.entries()
             if entry.is_held
@@ -148,6 +149,11 @@ class Catalogue:
     def note_verified(self, path: Path, sha256: str) -> None:
         """Takes down a hash that was taken elsewhere, of a file as it is now."""
         self._verified.note(path, sha256)
+
+    def forget_digests(self, entry: CatalogueEntry) -> None:
+        """Has the files of a model hashed anew by the next `verify`."""
+        for path in entry.all_paths:
+            self._verified.forget(path)
 
     def known_digest(self, path: Path) -> str | None:
         """The sha256 of a file, where it was taken before and the file is unchanged."""
@@ -199,6 +205,13 @@ def _read(path: Path, size_bytes: int) -> GgufHeader | str:
 
 def _files_of(entry: CatalogueEntry) -> Iterable[tuple[ModelFile, Path]]:
     return zip(entry.card.all_files, entry.all_paths, strict=True)
+
+
+def _modified_at(path: Path) -> float:
+    try:
+        return round(path.stat().st_mtime, 3)
+    except OSError:
+        return 0.0
 
 
 def _with_quantization(entries: Mapping[str, CatalogueEntry], model_id: str) -> CatalogueEntry | None:

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import msgspec
 
@@ -54,17 +54,16 @@ def read_index(body: bytes, name: str) -> SafetensorsIndex:
         RequestError: ``model_file_invalid``: it is no index, or names files outside its folder.
     """
     found = _object(body, name)
-    weight_map: Any = found.get("weight_map")
-    if not isinstance(weight_map, dict):
+    weight_map = _mapping(found.get("weight_map"))
+    if not weight_map:
         raise RequestError("model_file_invalid", f"{name} has no weight_map; download it again.")
     files = sorted({str(file) for file in weight_map.values()})
     if len(files) > MAX_SHARDS or any(
         "/" in file or "\\" in file or not file.endswith(".safetensors") for file in files
     ):
         raise RequestError("model_file_invalid", f"{name} names files that can't be; download it again.")
-    metadata: Any = found.get("metadata")
-    total: Any = metadata.get("total_size") if isinstance(metadata, dict) else None
-    return SafetensorsIndex(files=tuple(files), total_bytes=_count(total) or None)
+    total = _count(_mapping(found.get("metadata")).get("total_size"))
+    return SafetensorsIndex(files=tuple(files), total_bytes=total or None)
 
 
 def is_vision_config(body: bytes) -> bool:
@@ -94,8 +93,7 @@ def card_from_config(
     Raises:
         RequestError: ``model_file_invalid``: the configuration lacks what a language model has.
     """
-    text: Any = config.get("text_config")
-    inner: dict[str, Any] = {**config, **text} if isinstance(text, dict) else config
+    inner = {**config, **_mapping(config.get("text_config"))}
     layers, heads = _count(inner.get("num_hidden_layers")), _count(inner.get("num_attention_heads"))
     context, hidden = _count(inner.get("max_position_embeddings")), _count(inner.get("hidden_size"))
     if not layers or not context:
@@ -105,8 +103,7 @@ def card_from_config(
         )
     kv_heads = _count(inner.get("num_key_value_heads")) or heads
     head_dim = _count(inner.get("head_dim")) or (hidden // heads if heads else 0)
-    names: Any = config.get("architectures")
-    is_embedder = isinstance(names, list) and any(name in _EMBEDDERS for name in names)
+    is_embedder = any(name in str(config.get("architectures")) for name in _EMBEDDERS)
     return ModelCard(
         model_id=model_id,
         name=model_id.rsplit("/", 1)[-1],
@@ -128,9 +125,8 @@ def card_from_config(
 
 
 def _quantization(config: dict[str, Any]) -> str:
-    found: Any = config.get("quantization")
-    if isinstance(found, dict) and _count(found.get("bits")):
-        return f"{_count(found.get('bits'))}bit"
+    if bits := _count(_mapping(config.get("quantization")).get("bits")):
+        return f"{bits}bit"
     kind: Any = config.get("torch_dtype") or config.get("dtype")
     return {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}.get(str(kind), "")
 
@@ -138,6 +134,11 @@ def _quantization(config: dict[str, Any]) -> str:
 def _count(value: Any) -> int:
     """A sane whole number, else 0."""
     return value if type(value) is int and 0 < value <= _MAX else 0
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """A JSON object, else an empty one."""
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
 def _object(body: bytes, name: str) -> dict[str, Any]:
@@ -149,4 +150,4 @@ def _object(body: bytes, name: str) -> dict[str, Any]:
         raise RequestError("model_file_invalid", f"{name} is no JSON ({error}); download it again.") from error
     if not isinstance(found, dict):
         raise RequestError("model_file_invalid", f"{name} is no JSON object; download it again.")
-    return found
+    return cast("dict[str, Any]", found)

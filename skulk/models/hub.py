@@ -16,7 +16,7 @@ what blocks can only be cancelled by ending its process.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -30,7 +30,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers as _headers  # pyright: ignore[reportUnknownVariableType]
+from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from skulk.errors import RequestError, ServiceError, SkulkError, UnavailableError
 from skulk.models.gguf import MAX_HEADER_BYTES
@@ -134,10 +135,10 @@ class Hub:
 
     def headers(self) -> dict[str, str]:
         """The headers of a call: who we are, and the token."""
-        return {**build_hf_headers(token=self._token, library_name="skulk"), "accept-encoding": "identity"}
+        return {**_headers(token=self._token, library_name="skulk"), "accept-encoding": "identity"}
 
     @contextmanager
-    def content(self, repo: str, revision: str, name: str, start: int, end: int) -> Iterator[Any]:
+    def content(self, repo: str, revision: str, name: str, start: int, end: int) -> Generator[Any]:
         """A response (httpx) that streams a file from ``start`` to before ``end``; status 206, or 200: from its begin.
 
         There is a limit on each silence, none on the whole. Its body is to be read with ``iter_raw``.
@@ -217,7 +218,7 @@ class RemoteFile:
 
 
 @contextmanager
-def _told(what: str, revision: str) -> Iterator[None]:
+def _told(what: str, revision: str) -> Generator[None]:
     """Everything that the library raises, in our words."""
     try:
         yield

@@ -15,7 +15,7 @@ import fcntl
 import hashlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, TypeAlias
 
@@ -203,7 +203,8 @@ def file_digest(path: Path, kind: Digest) -> str:
 
 def _open_locked(path: Path) -> int:
     """The file, locked against other processes. Whoever had it may have given it its final name meanwhile: then a new
-    one is made, for nothing may be written into a finished file."""
+    one is made, for nothing may be written into a finished file.
+    """
     while True:
         file = os.open(path, _FLAGS, 0o644)
         try:
@@ -218,7 +219,7 @@ def _open_locked(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _told(path: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:

@@ -227,11 +227,11 @@ class Scan:
 
     def _card_of(self, found: FoundModel, model_id: str) -> ModelCard:
         if found.config is not None:
-            files = [_file_of(path, found.folder) for path in found.paths]
+            weights = [_file_of(path, found.folder) for path in found.paths]
             config = read_config(found.config.read_bytes(), str(found.config))
-            return card_from_config(config, model_id=model_id, files=files, source=str(found.config))
+            return card_from_config(config, model_id=model_id, files=weights, source=str(found.config))
         headers: list[GgufHeader] = []
-        files = []
+        files: list[ModelFile] = []
         for path in found.paths:
             header = self._header_of(path)
             if isinstance(header, str):
@@ -239,9 +239,9 @@ class Scan:
             headers.append(header)
             files.append(_file_of(path, found.folder))
         card = card_from_gguf(headers, model_id=model_id, files=files, source=str(found.paths[0]))
-        config = found.folder / "config.json"
+        beside = found.folder / "config.json"
         if found.projector is None:
-            return with_vision(card) if config.is_file() and is_vision_config(config.read_bytes()) else card
+            return with_vision(card) if beside.is_file() and is_vision_config(beside.read_bytes()) else card
         return with_vision(msgspec.structs.replace(card, projector=_file_of(found.projector, found.folder)))
 
     def _problem(self, path: Path, reason: str, model_id: str = "") -> None:

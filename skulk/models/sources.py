@@ -14,7 +14,7 @@ import hashlib
 import http.client
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, Protocol
 from urllib.parse import quote, urlsplit
@@ -224,7 +224,7 @@ class NeighbourSource:
             raise ServiceError("download_failed", f"{self.name} answered {status}.")
 
     @contextmanager
-    def _get(self, path: str, headers: dict[str, str], *, silence_s: float) -> Iterator[http.client.HTTPResponse]:
+    def _get(self, path: str, headers: dict[str, str], *, silence_s: float) -> Generator[http.client.HTTPResponse]:
         """A GET on this thread's connection; anything but a body read to its end closes it."""
         parts = urlsplit(self._neighbour.url)
         connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)

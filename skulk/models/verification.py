@@ -79,6 +79,11 @@ class VerificationCache:
         self._remember(path, msgspec.structs.replace(after, sha256=digest))
         return digest
 
+    def forget(self, path: Path) -> None:
+        """Drops what is known of a file."""
+        with self._lock:
+            self._entries = {name: entry for name, entry in self._entries.items() if name != str(path)}
+
     def note(self, path: Path, sha256: str) -> None:
         """Takes down the hash of a file as it is now, which somebody else has just taken."""
         try:

@@ -83,8 +83,9 @@ class ModelCard(Wire, frozen=True, kw_only=True):
 
 
 class HeldModel(Wire, frozen=True, kw_only=True):
-    """A model whose weights lie whole on a node's disk."""
+    """A model whose weights lie whole on a node's disk. ``added_at``: since when, seconds since the epoch; 0: unknown."""
 
     model_id: str
     size_bytes: int
     sha256: str | None = None
+    added_at: float = 0.0
