@@ -205,10 +205,11 @@ class RemoteFile:
 
     def read_at(self, offset: int, length: int) -> bytes:
         """As `skulk.models.gguf.ReadAt`."""
+        length = min(length, self._file.size_bytes - offset)
         inside = offset - self._start
         if inside < 0 or inside + length > len(self._block):
             wanted = min(max(length, self._next_length), self._file.size_bytes - offset)
-            if wanted <= 0:
+            if length <= 0:
                 return b""
             repo, revision = self._repository.repo, self._repository.revision
             self._block = self._hub.part(repo, revision, self._file.name, offset, wanted)
