@@ -44,6 +44,12 @@ class StartRequest(msgspec.Struct, frozen=True, kw_only=True):
     shardMetadata: dict[str, Any]  # noqa: N815
 
 
+class NodeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """``POST /store/models/{id}/verify``; all of it may be left out."""
+
+    node_id: str = ""
+
+
 class PullRequest(msgspec.Struct, frozen=True, kw_only=True):
     """``POST /store/models/{id}/download``; all of it may be left out."""
 
@@ -137,10 +143,11 @@ async def pull_status(request: web.Request) -> web.Response:
 
 
 async def verify_model(request: web.Request) -> web.Response:
-    """``POST /store/models/{model_id}/verify``; ``?node_id=`` of one node, else of all that have it."""
+    """``POST /store/models/{model_id}/verify``; ``node_id`` names one node, else all that have it."""
+    sent = read_as(await read_object(request) if request.can_read_body else {}, NodeRequest)
     stores, model_id = request.app[STORES], request.match_info["model_id"]
     results: list[dict[str, Any]] = []
-    for node_id in _nodes_with(request, model_id):
+    for node_id in _nodes_with(request, model_id, sent.node_id):
         verified = await stores.verify(node_id, model_id)
         results.append({"node_id": node_id, **msgspec.to_builtins(verified)})
     return json_response({"model_id": model_id, "results": results})
@@ -151,7 +158,7 @@ async def remove_model(request: web.Request) -> web.Response:
     stores, model_id = request.app[STORES], request.match_info["model_id"]
     removed: list[dict[str, Any]] = []
     failure: SkulkError | None = None
-    for node_id in _nodes_with(request, model_id):
+    for node_id in _nodes_with(request, model_id, request.query.get("node_id", "")):
         try:
             removed.append(_removed_json(await stores.remove(node_id, model_id), node_id))
         except SkulkError as error:
@@ -161,9 +168,9 @@ async def remove_model(request: web.Request) -> web.Response:
     return json_response({"model_id": model_id, "removed": removed})
 
 
-def _nodes_with(request: web.Request, model_id: str) -> list[str]:
+def _nodes_with(request: web.Request, model_id: str, name: str) -> list[str]:
     stores = request.app[STORES]
-    if name := request.query.get("node_id"):
+    if name:
         return [stores.node(name)]
     nodes = sorted({*stores.holders(model_id), *stores.statuses(model_id)})
     if not nodes:

@@ -16,6 +16,7 @@ import hashlib
 import re
 import threading
 from collections.abc import Callable
+from functools import lru_cache
 from types import TracebackType
 from typing import Any, Final
 
@@ -202,7 +203,7 @@ class SmallHub:
         body = found.files.get(name)
         if body is None:
             raise web.HTTPNotFound(headers={"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"})
-        digest = hashlib.sha256(body).hexdigest()
+        digest = _sha256(body)
         headers = {"X-Repo-Commit": found.commit, "ETag": f'"{_git_oid(body)}"'}
         if len(body) < LARGE:
             return await self._send(request, name, body, headers)
@@ -212,7 +213,7 @@ class SmallHub:
     async def _store(self, request: web.Request) -> web.StreamResponse:
         digest, name = request.match_info["digest"], request.query["name"]
         found = (body for repository in self.repositories.values() for body in repository.files.values())
-        body = next(body for body in found if hashlib.sha256(body).hexdigest() == digest)
+        body = next(body for body in found if _sha256(body) == digest)
         if name in self.spoiled:
             middle = len(body) // 2
             body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
@@ -261,6 +262,12 @@ class SmallHub:
         self._total += length
 
 
+@lru_cache(maxsize=64)
+def _sha256(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()
+
+
+@lru_cache(maxsize=64)
 def _git_oid(body: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
 
@@ -269,5 +276,5 @@ def _entry(name: str, body: bytes) -> dict[str, Any]:
     """A file as the tree lists it: large ones are LFS objects, with their sha256."""
     entry: dict[str, Any] = {"type": "file", "path": name, "size": len(body), "oid": _git_oid(body)}
     if len(body) >= LARGE:
-        entry["lfs"] = {"oid": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 134}
+        entry["lfs"] = {"oid": _sha256(body), "size": len(body), "pointerSize": 134}
     return entry
