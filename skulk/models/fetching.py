@@ -15,6 +15,7 @@ import logging
 import random
 import shutil
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -51,12 +52,19 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """How far it is, bytes. ``sources``: who gave something so far; ``phase``: what is being done."""
+    """How far it is, bytes.
+
+    Attributes:
+        sources: who gave something so far.
+        phase: what is being done.
+        moving_s: from the first request for bytes until the last ones came.
+    """
 
     done_bytes: int
     total_bytes: int
     sources: tuple[str, ...] = ()
     phase: str = "fetching"
+    moving_s: float = 0.0
 
 
 class Fetch:
@@ -94,6 +102,7 @@ class Fetch:
         self._ready_bytes = 0
         self._used: set[str] = set()
         self._hashing = 0
+        self._moving_since = self._moved_at = 0.0
 
     def progress(self) -> Progress:
         """How far it is; any thread."""
@@ -101,7 +110,11 @@ class Fetch:
             done = self._ready_bytes + sum(part.done_bytes for part in self._open.values())
             phase = "verifying" if self._hashing and self._hashing == len(self._open) else "fetching"
             return Progress(
-                done_bytes=done, total_bytes=self._card.size_bytes, sources=tuple(sorted(self._used)), phase=phase
+                done_bytes=done,
+                total_bytes=self._card.size_bytes,
+                sources=tuple(sorted(self._used)),
+                phase=phase,
+                moving_s=max(0.0, self._moved_at - self._moving_since),
             )
 
     def run(self) -> tuple[ModelFile, ...]:
@@ -110,6 +123,13 @@ class Fetch:
         Raises:
             SkulkError: ``disk_full`` with both numbers; ``download_failed``; ``hub_unreachable``; what the hub said.
         """
+        try:
+            return self._run()
+        finally:
+            for neighbour in self._neighbours:
+                neighbour.close()
+
+    def _run(self) -> tuple[ModelFile, ...]:
         listings = self._listings()
         files = [self._pinned(file, listings) for file in self._card.all_files]
         self._check_room(files)
@@ -222,12 +242,14 @@ class Fetch:
         near = [source for source in sources if isinstance(source, NeighbourSource)]
         far = [source for source in sources if not isinstance(source, NeighbourSource)]
         failure: SkulkError | None = None
+        self._moving_since = self._moving_since or time.monotonic()
         for group in (near, far):
             alive = list(group)
             while alive and not part.is_whole and not self._stop.is_set():
                 lost = self._work(file, part, alive)
                 alive = [source for source in alive if source not in lost]
                 failure = next(iter(lost.values()), failure)
+        self._moved_at = time.monotonic()
         if self._stop.is_set() and not part.is_whole:
             raise RequestError("download_cancelled", f"the download of {self._card.model_id} was ended.")
         if not part.is_whole:

@@ -152,7 +152,7 @@ class Neighbour(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NeighbourSource:
-    """One neighbour; keeps one connection a thread."""
+    """One neighbour; keeps its connections. Any thread; close it."""
 
     def __init__(self, neighbour: Neighbour, model_id: str) -> None:
         self.name = neighbour.url
@@ -161,6 +161,7 @@ class NeighbourSource:
         self._model_id = model_id
         self._neighbour = neighbour
         self._local = threading.local()
+        self._idle: list[http.client.HTTPConnection] = []
 
     def listing(self) -> dict[str, ModelFile]:
         """The files of the model that it has, by name, each with its sha256; it may have to hash them first.
@@ -225,28 +226,37 @@ class NeighbourSource:
 
     @contextmanager
     def _get(self, path: str, headers: dict[str, str], *, silence_s: float) -> Generator[http.client.HTTPResponse]:
-        """A GET on this thread's connection; anything but a body read to its end closes it."""
-        parts = urlsplit(self._neighbour.url)
-        connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
-        if connection is None:
-            connection = self._local.connection = http.client.HTTPConnection(
-                parts.hostname or "", parts.port or 80, timeout=silence_s
-            )
+        """A GET on a kept connection; anything but a body read to its end closes it."""
+        connection = self._connection(silence_s)
         if self._neighbour.credential:
             headers = {**headers, "Authorization": f"Bearer {self._neighbour.credential}"}
         is_whole = False
         try:
-            if connection.sock is not None:
-                connection.sock.settimeout(silence_s)
-            connection.timeout = silence_s
             connection.request("GET", path, headers=headers)
             response = connection.getresponse()
             yield response
             is_whole = response.isclosed()
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise UnavailableError(
-                "unreachable", f"{self.name} doesn't answer: {error or type(error).__name__}"
-            ) from error
+            reason = str(error) or type(error).__name__
+            raise UnavailableError("unreachable", f"{self.name} doesn't answer: {reason}") from error
         finally:
-            if not is_whole:
+            if is_whole:
+                self._idle.append(connection)
+            else:
                 connection.close()
+
+    def _connection(self, silence_s: float) -> http.client.HTTPConnection:
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            parts = urlsplit(self._neighbour.url)
+            return http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=silence_s)
+        connection.timeout = silence_s
+        if connection.sock is not None:
+            connection.sock.settimeout(silence_s)
+        return connection
+
+    def close(self) -> None:
+        """Closes the connections that are kept."""
+        while self._idle:
+            self._idle.pop().close()

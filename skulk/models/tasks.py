@@ -185,6 +185,7 @@ def _fetch(told: HubTask, task: FetchTask, say: Callable[[Line], None]) -> Model
     finally:
         is_over.set()
         reporter.join()
+    say(ProgressLine(progress=fetch.progress()))
     return with_files(card, files)
 
 

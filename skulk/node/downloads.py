@@ -22,7 +22,7 @@ import msgspec
 from skulk.clock import Clock
 from skulk.errors import RequestError, ServiceError, SkulkError
 from skulk.models.catalogue import Catalogue
-from skulk.models.fetching import Progress
+from skulk.models.fetching import Limits, Progress
 from skulk.models.parts import part_key
 from skulk.models.shelf import OnDisk, Shelf, evictions
 from skulk.models.sources import Neighbour
@@ -46,10 +46,12 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         no_hub: why the hub must not be asked; empty: it may be.
         budget_bytes: the most that fetched models may take on the disk; 0: no limit.
+        limits: how patient fetches are.
     """
 
     no_hub: str = ""
     budget_bytes: int = 0
+    limits: Limits = Limits()
 
 
 class _Job:
@@ -283,6 +285,7 @@ class Downloads:
             parts=str(self._shelf.parts),
             neighbours=self._neighbours(card),
             no_hub=self.rules.no_hub,
+            limits=self.rules.limits,
         )
         whole = await self._tasks.fetch(task, lambda progress: self._progress(job, progress))
         await asyncio.to_thread(self._take_in, job, whole)
