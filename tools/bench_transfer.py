@@ -57,7 +57,9 @@ async def measure(place: Path, curl: str, size: int, rounds: int) -> int:
     card = make_model(place / "a", size)
     spec = FilesSpec(host="127.0.0.1", port=0, models_dir=str(place / "a"), verified_file=str(place / "verified.json"))
     server = Child(
-        ChildSpec(name="files", argv=(sys.executable, "-m", "skulk", "_files"), stdin=encode(spec), cwd=ROOT, drain_s=1.0)
+        ChildSpec(
+            name="files", argv=(sys.executable, "-m", "skulk", "_files"), stdin=encode(spec), cwd=ROOT, drain_s=1.0
+        )
     )
     ready = await server.start()
     url = f"http://127.0.0.1:{ready.fields['port']}"
@@ -76,7 +78,9 @@ async def measure(place: Path, curl: str, size: int, rounds: int) -> int:
     finally:
         await server.stop()
     best, median = min(theirs) / min(ours), statistics.median(theirs) / statistics.median(ours)
-    print(f"ours / curl: {median:.2f} (medians), {best:.2f} (best of each); {format_bytes(size)}, {os.cpu_count()} CPUs")
+    print(
+        f"ours / curl: {median:.2f} (medians), {best:.2f} (best of each); {format_bytes(size)}, {os.cpu_count()} CPUs"
+    )
     return 0
 
 

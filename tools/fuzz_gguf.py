@@ -48,7 +48,9 @@ def main(arguments: list[str]) -> int:
     fuzz()
     elapsed = time.monotonic() - began
     refused = counts["inputs"] - counts["taken"]
-    print(f"{counts['inputs']:,} inputs in {elapsed:.0f} s: {refused:,} refused, {counts['taken']:,} taken, none broke it")
+    print(
+        f"{counts['inputs']:,} inputs in {elapsed:.0f} s: {refused:,} refused, {counts['taken']:,} taken, none broke it"
+    )
     return 0
 
 

@@ -119,9 +119,7 @@ class ApiClient:
         """POST a JSON body; raises as `get`."""
         return await self._json("POST", self._address(path), kind, body=body, timeout_s=timeout_s)
 
-    async def delete(
-        self, path: str, kind: type[T], *, query: Mapping[str, str | list[str]] | None = None
-    ) -> T:
+    async def delete(self, path: str, kind: type[T], *, query: Mapping[str, str | list[str]] | None = None) -> T:
         """DELETE ``path``; raises as `get`."""
         return await self._json("DELETE", self._address(path, query), kind)
 

@@ -94,12 +94,20 @@ async def serving(folder: Path, *, body: bytes = BODY, pinned: bool = True, toke
         yield served
 
 
-def fetch_to(folder: Path, *served: Served, hub: SmallHub | None = None, token: str = "", card: ModelCard | None = None) -> Fetch:
+def fetch_to(
+    folder: Path, *served: Served, hub: SmallHub | None = None, token: str = "", card: ModelCard | None = None
+) -> Fetch:
     wanted = card or card_of()
     neighbours = [NeighbourSource(Neighbour(url=one.url, credential=files_credential(token)), REPO) for one in served]
     source = None if hub is None else HubSource(Hub(endpoint=hub.url), REPO, COMMIT)
     return Fetch(
-        wanted, folder / "org" / "m", folder / ".parts", neighbours=neighbours, hub=source, no_hub="hub off", limits=LIMITS
+        wanted,
+        folder / "org" / "m",
+        folder / ".parts",
+        neighbours=neighbours,
+        hub=source,
+        no_hub="hub off",
+        limits=LIMITS,
     )
 
 

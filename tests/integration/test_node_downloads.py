@@ -82,9 +82,7 @@ async def test_progress_is_told_while_it_comes(small_hub: SmallHub, tmp_path: Pa
         await node.downloads.fetch(card)
 
 
-async def test_a_cancelled_download_ends_its_process_and_is_taken_up_later(
-    small_hub: SmallHub, tmp_path: Path
-) -> None:
+async def test_a_cancelled_download_ends_its_process_and_is_taken_up_later(small_hub: SmallHub, tmp_path: Path) -> None:
     async with downloading_node(tmp_path, small_hub.url) as node:
         card = await resolved(small_hub, REPO)
         small_hub.stalls = True

@@ -87,7 +87,11 @@ async def test_what_cannot_be_fetched_is_said_by_its_own_code(node: WholeNode) -
     status, told = await node.call("POST", "/place_instance", {"model_id": "org/gated"})
     assert (status, told["error"]["code"]) == (403, "model_gated")
     status, told = await node.call("POST", "/place_instance", {"model_id": "org/missing"})
-    assert (status, told["error"]["code"], "/models/search" in told["error"]["message"]) == (404, "model_not_found", True)
+    assert (status, told["error"]["code"], "/models/search" in told["error"]["message"]) == (
+        404,
+        "model_not_found",
+        True,
+    )
     status, told = await node.call("GET", "/models/search?query=smol")
     assert status == 200 and REPO in [entry["id"] for entry in told["data"]]
     status, added = await node.call("POST", "/models/add", {"model_id": REPO})

@@ -23,7 +23,9 @@ class DownloadingNode:
     """Downloads that run, and what is around them."""
 
     def __init__(self, home: Path, hub_url: str, rules: Rules, neighbours: tuple[Neighbour, ...]) -> None:
-        settings = Settings(home=str(home), models_dir=str(home / "models"), hf_endpoint=hub_url, hf_home=str(home / "hf"))
+        settings = Settings(
+            home=str(home), models_dir=str(home / "models"), hf_endpoint=hub_url, hf_home=str(home / "hf")
+        )
         self.changes = 0
         self.in_use: frozenset[str] = frozenset()
         self.folder = home / "models"

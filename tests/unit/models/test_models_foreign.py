@@ -23,7 +23,9 @@ def pull(store: Path, name: str, *, namespace: str = "library", eyes: bool = Fal
     (store / "blobs").mkdir(parents=True, exist_ok=True)
     (store / "blobs" / f"sha256-{digest}").write_bytes(body)
     if eyes:
-        layers.append({"mediaType": "application/vnd.ollama.image.projector", "digest": "sha256:" + "e" * 64, "size": 3})
+        layers.append(
+            {"mediaType": "application/vnd.ollama.image.projector", "digest": "sha256:" + "e" * 64, "size": 3}
+        )
         (store / "blobs" / f"sha256-{'e' * 64}").write_bytes(b"eye")
     model, tag = name.split(":")
     manifest = store / "manifests" / "registry.ollama.ai" / namespace / model / tag

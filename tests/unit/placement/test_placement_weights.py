@@ -21,9 +21,7 @@ ON_HUB = msgspec.structs.replace(card(), repo="org/model", revision="c0ffee")
 def view_of(**nodes: dict[str, Any]) -> ClusterView:
     """Nodes with changes of their beats; none holds anything unless told."""
     beats = {name: msgspec.structs.replace(beat(name, models=()), **changes) for name, changes in nodes.items()}
-    return ClusterView(
-        state=state_of(), nodes={name: NodeView(beat=one, heard_at=0.0) for name, one in beats.items()}
-    )
+    return ClusterView(state=state_of(), nodes={name: NodeView(beat=one, heard_at=0.0) for name, one in beats.items()})
 
 
 def decided(view: ClusterView, wanted: ModelCard = ON_HUB) -> PlacementDecision:
