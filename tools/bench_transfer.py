@@ -1,4 +1,4 @@
-"""How fast weights go from one node to another: our fetch against curl, of the same file from the same process, in turns.
+"""How fast weights go from node to node: our fetch against curl, of the same file from the same process, in turns.
 
 Both sides write the file to the same folder. curl reads and writes; ours also hashes each chunk, the server too, and at
 the end the whole. Run it on a machine that does nothing else; figures belong into skulk/models/README.md.

@@ -23,7 +23,7 @@ SIZES: Final = (0, 0, 0, 0, 0, 0, 0, 2**20, 2**40)
 
 
 def main(arguments: list[str]) -> int:
-    """Runs until so many inputs went through or one broke the reader; then hypothesis prints the smallest such input."""
+    """Runs until so many inputs went through, or one broke the reader: then hypothesis prints the smallest such one."""
     parser = argparse.ArgumentParser(prog="tools/fuzz_gguf.py", description=__doc__)
     parser.add_argument("--inputs", type=int, default=100_000, help="how many (default: 100,000)")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of chance (default: the time)")

@@ -41,7 +41,7 @@ _BLOCK: Final = 1024 * 1024
 
 
 def files_credential(token: str) -> str:
-    """What a neighbour shows in place of the cluster's token, which never crosses the wire; empty where there is none."""
+    """What a neighbour shows in place of the cluster's token, which never crosses the wire; empty without one."""
     return hmac.new(token.encode(), b"skulk files v1", hashlib.sha256).hexdigest() if token else ""
 
 
@@ -158,8 +158,8 @@ class FileServer:
 
     async def _chunk_hash(self, path: Path, start: int, stop: int) -> str:
         """The sha256 of a part of a file as it is now; taken once."""
-        facts = path.stat()
-        key = (str(path), facts.st_mtime_ns, start, stop)
+        modified_ns = os.stat(path).st_mtime_ns
+        key = (str(path), modified_ns, start, stop)
         known = self._chunks.get(key)
         if known is None:
             known = await asyncio.to_thread(_hash_part, path, start, stop)

@@ -37,7 +37,7 @@ class ModelReference(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def folder(self) -> str:
-        """Where its files lie under the models folder: one folder for a repository and a revision that was asked for."""
+        """Where its files lie under the models folder: one for each repository and revision that is asked for."""
         return f"{self.repo}@{self.revision.replace('/', '_')}" if self.revision else self.repo
 
 
@@ -62,7 +62,7 @@ def parse_reference(name: str) -> ModelReference:
     if not is_reference(name):
         raise RequestError(
             "invalid_request",
-            f"{name[:MAX_LENGTH]!r} is no model of the hub; write org/repo, org/repo:QUANTIZATION or org/repo@REVISION.",
+            f"{name[:MAX_LENGTH]!r} is no model of the hub; write org/repo, org/repo:QUANT or org/repo@REVISION.",
             param="model_id",
         )
     found = _FORM.fullmatch(name)

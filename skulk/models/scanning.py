@@ -1,4 +1,4 @@
-"""One look at everything that makes up a catalogue: cards, the shelf, folders, Ollama's store. First come, first kept."""
+"""One look at all that makes up a catalogue: cards, the shelf, folders, Ollama's store. First come, first kept."""
 
 from __future__ import annotations
 
@@ -152,9 +152,10 @@ class Scan:
             self._problem(model.path, model.problem, model.model_id)
             return
         header = self._header_of(model.path)
+        if isinstance(header, str):
+            self._problem(model.path, header, model.model_id)
+            return
         try:
-            if isinstance(header, str):
-                raise RequestError("model_file_invalid", header)
             file = ModelFile(name=model.path.name, size_bytes=model.path.stat().st_size, sha256=model.sha256)
             card = card_from_gguf([header], model_id=model.model_id, files=(file,), source=str(model.path))
         except RequestError as error:
@@ -272,6 +273,7 @@ def _size_problem(files: Sequence[ModelFile], paths: Sequence[Path]) -> str | No
 
 
 def hash_problem(path: Path, file: ModelFile, digest: str) -> str | None:
+    """What is wrong with a file's hash, in a sentence; None: nothing, or nothing pins it."""
     if file.sha256 is None or digest == file.sha256.lower():
         return None
     return (

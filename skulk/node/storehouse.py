@@ -93,7 +93,7 @@ class Storehouse:
         )
 
     def neighbours(self, card: ModelCard) -> tuple[Neighbour, ...]:
-        """The nodes that have a model and serve it, some at most; those that have other bytes under its id are left out."""
+        """The nodes that have a model and serve it, some at most; not those with other bytes under its id."""
         wanted = card.files[0].sha256
         found: list[Neighbour] = []
         for node_id, node in sorted(self._replica.view.nodes.items()):

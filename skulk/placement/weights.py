@@ -13,7 +13,7 @@ DISK_MARGIN: Final = 512 * MIB
 
 
 def holds(node: NodeView, card: ModelCard) -> bool:
-    """Whether the files lie on the node's disk; another revision under the same id counts: the node itself looks closer."""
+    """Whether the files lie on the node's disk; another revision counts: the node itself looks closer."""
     return any(held.model_id == card.model_id for held in node.beat.models)
 
 

@@ -83,7 +83,7 @@ class ModelCard(Wire, frozen=True, kw_only=True):
 
 
 class HeldModel(Wire, frozen=True, kw_only=True):
-    """A model whose weights lie whole on a node's disk. ``added_at``: since when, seconds since the epoch; 0: unknown."""
+    """A model whose weights lie whole on a node's disk, since ``added_at`` (seconds since the epoch; 0: unknown)."""
 
     model_id: str
     size_bytes: int

@@ -16,7 +16,7 @@ from skulk.models.fetching import Limits
 from skulk.models.parts import PartFile, part_key
 from skulk.node.downloads import Rules
 from skulk.wire.model import ModelCard, ModelFile
-from tests.support.downloading import DownloadingNode, downloading_node, hub_children
+from tests.support.downloading import DownloadingNode, downloading_node, hub_children, wait_for_children
 from tests.support.hub import COMMIT, SmallHub
 
 REPO = "org/m"
@@ -81,7 +81,8 @@ async def test_a_killed_download_is_told_and_taken_up_without_fetching_what_is_w
                 assert status is not None and status.error is not None and status.error.code == "download_failed"
                 assert "SIGKILL" in status.error.detail
                 assert not target(node).exists()
-                assert (whole := done_bytes(node)) > kept, f"round {round_number} kept nothing"
+                whole = done_bytes(node)
+                assert whole > kept, f"round {round_number} kept nothing"
                 kept = whole
             before = small_hub.sent_bytes
             await node.downloads.fetch(CARD)
@@ -109,9 +110,7 @@ async def test_the_death_of_the_node_ends_its_downloads(tmp_path: Path) -> None:
         async with downloading_node(tmp_path, small_hub.url, rules=Rules(limits=LIMITS)) as node:
             small_hub.stalls = True
             wait = asyncio.create_task(node.downloads.fetch(CARD))
-            async with asyncio.timeout(30.0):
-                while not hub_children():
-                    await asyncio.sleep(0.02)
+            await wait_for_children()
         # leaving the block stops the node: its child must be gone, which the block's end asserts
         with pytest.raises(SkulkError):
             await wait

@@ -20,7 +20,7 @@ from tests.support.hub import COMMIT, SmallHub
 
 REPO = "org/tiny-GGUF"
 Q4 = gguf_bytes(llama_metadata(general__file_type=3), TENSORS)
-Q8 = gguf_bytes(llama_metadata(general__file_type=7), TENSORS + (Tensor("more.weight", (64, 10), 8),))
+Q8 = gguf_bytes(llama_metadata(general__file_type=7), (*TENSORS, Tensor("more.weight", (64, 10), 8)))
 
 
 @pytest.fixture

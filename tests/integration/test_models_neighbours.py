@@ -76,16 +76,19 @@ class Served:
         return response
 
 
-@asynccontextmanager
-async def serving(folder: Path, *, body: bytes = BODY, pinned: bool = True, token: str = "") -> AsyncGenerator[Served]:
-    """A node that has the model and serves it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    card = card_of(SHA if pinned else None)
+def put_model(folder: Path, body: bytes, *, pinned: bool) -> None:
+    """Lays the model into a models folder."""
     if pinned:
-        Shelf(folder).keep(card, 1.0)
+        Shelf(folder).keep(card_of(), 1.0)
     path = folder / "org" / "m" / "m.gguf"
     path.parent.mkdir(parents=True)
     path.write_bytes(body)
+
+
+@asynccontextmanager
+async def serving(folder: Path, *, body: bytes = BODY, pinned: bool = True, token: str = "") -> AsyncGenerator[Served]:
+    """A node that has the model and serves it."""
+    put_model(folder, body, pinned=pinned)
     served = Served(folder, files_credential(token))
     app = served.server.app()
     app.middlewares.insert(0, served._spoiling)
@@ -239,12 +242,9 @@ async def test_it_is_read_only_and_ranges_are_kept_within_the_file(tmp_path: Pat
 
 async def test_a_model_that_came_since_the_start_is_served(tmp_path: Path) -> None:
     folder = tmp_path / "a"
-    folder.mkdir()
     served = Served(folder, "")
     async with listening(served.server.app(), "127.0.0.1", 0) as (host, port):
-        path = folder / "org" / "m" / "m.gguf"
-        path.parent.mkdir(parents=True)
-        path.write_bytes(BODY)
+        put_model(folder, BODY, pinned=False)
         found = NeighbourSource(Neighbour(url=f"http://{host}:{port}"), REPO)
         listing = await asyncio.to_thread(found.listing)
         found.close()

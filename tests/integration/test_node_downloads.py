@@ -19,7 +19,7 @@ from skulk.node.children import HeaderChecks
 from skulk.node.downloads import Rate, Rules
 from skulk.wire.model import ModelCard
 from skulk.wire.store import FoundModels
-from tests.support.downloading import downloading_node, hub_children
+from tests.support.downloading import downloading_node, hub_children, wait_for_children
 from tests.support.gguf import TENSORS, Tensor, gguf_bytes, llama_metadata, write_model
 from tests.support.hub import SmallHub
 
@@ -98,12 +98,6 @@ async def test_a_cancelled_download_ends_its_process_and_is_taken_up_later(small
         with pytest.raises(RequestError) as caught:
             await node.downloads.cancel("org/nothing")
         assert caught.value.code == "download_not_found"
-
-
-async def wait_for_children() -> None:
-    async with asyncio.timeout(20.0):
-        while not hub_children():
-            await asyncio.sleep(0.02)
 
 
 async def test_when_nobody_waits_any_more_the_download_ends_unless_a_person_asked(

@@ -86,6 +86,7 @@ class FakeMachine:
         self.measurable = asyncio.Event()
         self.measurable.set()
         self.processes: dict[str, FakeProcess] = {}
+        self.supervised = asyncio.Event()
         self.fetching = asyncio.Event()
         self.fetched = asyncio.Event()
         self.fetch_failure: Exception | None = None
@@ -116,6 +117,7 @@ class FakeMachine:
     def supervise(self, wanted: Wanted, prepared: Prepared, on_exit: Callable[[ProcessReport], None]) -> FakeProcess:
         del prepared
         process = self.processes[wanted.assignment.runner_id] = FakeProcess(on_exit, self.defect)
+        self.supervised.set()
         return process
 
     async def measure(self, pids: dict[str, int]) -> Measured:

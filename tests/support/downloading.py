@@ -52,9 +52,11 @@ class DownloadingNode:
     ) -> DownloadStatus | None:
         """Waits until a download's status satisfies a predicate."""
         async with asyncio.timeout(timeout_s):
-            while not is_so(status := self.downloads.status(model_id)):
+            while True:
+                status = self.downloads.status(model_id)
+                if is_so(status):
+                    return status
                 await asyncio.sleep(0.02)
-        return status
 
 
 def hub_children() -> list[psutil.Process]:
@@ -64,6 +66,15 @@ def hub_children() -> list[psutil.Process]:
         for child in psutil.Process().children(recursive=True)
         if child.status() != psutil.STATUS_ZOMBIE and "_hub" in child.cmdline()
     ]
+
+
+async def wait_for_children(timeout_s: float = 30.0) -> list[psutil.Process]:
+    """Waits until there is a hub process."""
+    async with asyncio.timeout(timeout_s):
+        while True:
+            if found := hub_children():
+                return found
+            await asyncio.sleep(0.02)
 
 
 @asynccontextmanager

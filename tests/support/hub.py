@@ -252,7 +252,9 @@ class SmallHub:
             await response.write(block)
             self._count(name, len(block))
             self.on_block(self._total)
-            while self.stalls:
+            while True:
+                if not self.stalls:
+                    break
                 await asyncio.sleep(0.02)
             if self.pace_s:
                 await asyncio.sleep(self.pace_s)

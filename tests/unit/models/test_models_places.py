@@ -102,7 +102,8 @@ def shelved(folder: Path, **changes: Any) -> ModelCard:
     """A card of the shelf whose file lies there."""
     path = write_model(folder / "org" / "m" / "m-Q8_0.gguf")
     fields: dict[str, Any] = {
-        "model_id": "org/m:Q8_0", "name": "M", "family": "llama", "backends": ("llama_cpp-cpu",), "context_length": 2048,
+        "model_id": "org/m:Q8_0", "name": "M", "family": "llama", "backends": ("llama_cpp-cpu",),
+        "context_length": 2048,
         "files": (ModelFile(name=path.name, size_bytes=path.stat().st_size),), "weights_bytes": 1,
         "kv_bytes_per_token": 1, "repo": "org/m", "revision": "c0ffee",
     }  # fmt: skip

@@ -61,8 +61,7 @@ async def test_it_is_accepted_before_the_weights_are_here_and_runs_after() -> No
         assert node.machine.processes == {}
         node.machine.fetched.set()
         async with asyncio.timeout(5.0):
-            while FIRST.runner_id not in node.machine.processes:
-                await asyncio.sleep(0)
+            await node.machine.supervised.wait()
             await node.machine.processes[FIRST.runner_id].started.wait()
 
 
