@@ -9,10 +9,11 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	done)
 MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct-GGUF
 FLOOR ?= 0
+INPUTS ?= 100000
 UP    ?= --local --place $(MODEL) --greet
 
 .DEFAULT_GOAL := help
-.PHONY: help up setup dev test test-mesh lint format coverage lock clean python
+.PHONY: help up setup dev test test-mesh lint format coverage fuzz lock clean python
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +49,9 @@ coverage: dev ## run every suite, print which branches no test takes (FLOOR=70 f
 	@$(BIN)/python tools/run_suites.py --coverage $(SUITES)
 	@$(BIN)/coverage combine -q
 	@$(BIN)/coverage report --fail-under=$(FLOOR)
+
+fuzz: dev ## feed the reader of GGUF headers with 100,000 hostile files (INPUTS=... changes that)
+	@$(BIN)/python tools/fuzz_gguf.py --inputs $(INPUTS)
 
 lock: dev ## resolve the dependencies anew into requirements.lock
 	$(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes --no-emit-index-url --python-version 3.11 \

@@ -43,6 +43,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         logits_all_n_ctx: the most context that is served with ``logits_all``, tokens.
         api_url: the cluster that the client commands talk to.
         hf_token: for gated repositories of the hub.
+        models_budget_bytes: the most that fetched models may take on the disk; 0: no limit.
+        foreign_caches: whether Ollama's and LM Studio's models are looked at.
+        ollama_models: Ollama's store; empty: its usual place.
     """
 
     home: str
@@ -95,3 +98,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     hf_token: str = ""
     hf_endpoint: str = ""
     hf_home: str = ""
+    models_budget_bytes: int = 0
+    foreign_caches: bool = True
+    ollama_models: str = ""

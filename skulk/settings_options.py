@@ -136,7 +136,6 @@ OPTIONS: Final[tuple[Option, ...]] = (
         "port that serves weights to neighbours (default: 52417; off with --local)",
         flag="--files-port",
         metavar="PORT",
-        unserved="weights are not served to neighbours yet",
     ),
     _option(
         "bootstrap_peers",
@@ -307,6 +306,14 @@ OPTIONS: Final[tuple[Option, ...]] = (
     _option("hf_token", "HF_TOKEN", TEXT, "token for gated repositories of the hub", secret=True),
     _option("hf_endpoint", "HF_ENDPOINT", HTTP_URL, "another address of the hub"),
     _option("hf_home", "HF_HOME", TEXT, "folder of the hub's own cache"),
+    _option(
+        "models_budget_bytes",
+        "SKULK_MODELS_BUDGET",
+        SIZE,
+        "the most disk that fetched models may take; the least recently used ones go; 0: no limit",
+    ),
+    _option("foreign_caches", "SKULK_NO_FOREIGN_CACHES", NEGATED, "don't look at the models of Ollama and LM Studio"),
+    _option("ollama_models", "OLLAMA_MODELS", TEXT, "Ollama's store (default: ~/.ollama/models)"),
 )
 
 BY_FIELD: Final = {option.field: option for option in OPTIONS}

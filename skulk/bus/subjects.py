@@ -26,7 +26,21 @@ from skulk.wire.commands import (
 )
 from skulk.wire.events import EventRecord
 from skulk.wire.generation import Accepted, Alive, Cancel, Cancelled, Chunk, Generate, Resend, Resent
+from skulk.wire.model import ModelCard
 from skulk.wire.placement import PlacementDecision
+from skulk.wire.store import (
+    AddModel,
+    CancelPull,
+    DownloadStatus,
+    FoundModels,
+    PullModel,
+    RemovedModel,
+    RemoveModel,
+    ResolveModel,
+    SearchModels,
+    VerifiedModel,
+    VerifyModel,
+)
 from skulk.wire.transfer import PartRequest
 
 PREFIX: Final = "skulk"
@@ -154,6 +168,13 @@ NODE_SNAPSHOT: Final = Endpoint("snapshot", "node.snapshot.{node}", SnapshotRequ
 EVENTS_HISTORY: Final = Endpoint(
     "history", "events.history", HistoryRequest, History, service="events", queue_group="nodes"
 )
+STORE_RESOLVE: Final = Endpoint("resolve", "store.resolve.{node}", ResolveModel, ModelCard, service="store")
+STORE_SEARCH: Final = Endpoint("search", "store.search.{node}", SearchModels, FoundModels, service="store")
+STORE_ADD: Final = Endpoint("add", "store.add.{node}", AddModel, ModelCard, service="store")
+STORE_PULL: Final = Endpoint("pull", "store.pull.{node}", PullModel, DownloadStatus, service="store")
+STORE_STOP: Final = Endpoint("stop", "store.stop.{node}", CancelPull, DownloadStatus, service="store")
+STORE_REMOVE: Final = Endpoint("remove", "store.remove.{node}", RemoveModel, RemovedModel, service="store")
+STORE_VERIFY: Final = Endpoint("verify", "store.verify.{node}", VerifyModel, VerifiedModel, service="store")
 RUNNER_GENERATE: Final = Endpoint("generate", "runner.generate.{runner}", Generate, Accepted, service="runner")
 RUNNER_CANCEL: Final = Endpoint("cancel", "runner.cancel.{runner}", Cancel, Cancelled, service="runner")
 RUNNER_RESEND: Final = Endpoint("resend", "runner.resend.{runner}", Resend, Resent, service="runner")
@@ -166,6 +187,13 @@ ENDPOINTS: Final[tuple[Endpoint[Any, Any], ...]] = (
     MASTER_DELETE,
     NODE_SNAPSHOT,
     EVENTS_HISTORY,
+    STORE_RESOLVE,
+    STORE_SEARCH,
+    STORE_ADD,
+    STORE_PULL,
+    STORE_STOP,
+    STORE_REMOVE,
+    STORE_VERIFY,
     RUNNER_GENERATE,
     RUNNER_CANCEL,
     RUNNER_RESEND,

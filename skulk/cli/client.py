@@ -119,9 +119,9 @@ class ApiClient:
         """POST a JSON body; raises as `get`."""
         return await self._json("POST", self._address(path), kind, body=body, timeout_s=timeout_s)
 
-    async def delete(self, path: str, kind: type[T]) -> T:
+    async def delete(self, path: str, kind: type[T], *, query: Mapping[str, str | list[str]] | None = None) -> T:
         """DELETE ``path``; raises as `get`."""
-        return await self._json("DELETE", self._address(path), kind)
+        return await self._json("DELETE", self._address(path, query), kind)
 
     async def stream(self, path: str, body: Any) -> AsyncGenerator[str]:
         """POST a JSON body and yield the ``data`` of each server-sent event; ends with ``[DONE]`` or the connection.

@@ -88,6 +88,19 @@ def _rm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("instance", metavar="INSTANCE", type=_filled, help="its id, or how its id begins")
 
 
+def _stored(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", type=_filled, help="model id: org/repo, org/repo:QUANTIZATION, …")
+    parser.add_argument("--node", metavar="NODE", type=_filled, help="on this node, id or name")
+
+
+def _pull(parser: argparse.ArgumentParser) -> None:
+    _stored(parser)
+    keep = parser.add_mutually_exclusive_group()
+    keep.add_argument("--pin", action="store_true", help="keep it, whatever SKULK_MODELS_BUDGET says")
+    keep.add_argument("--unpin", action="store_true", help="let it go when the budget needs its room")
+    parser.add_argument("--detach", action="store_true", help="don't wait until it is here")
+
+
 def _events(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", "--follow", action="store_true", help="go on with new events until Ctrl-C")
 
@@ -104,6 +117,9 @@ COMMANDS: Final = (
     Command(name="ps", module="ps", help="list the instances"),
     Command(name="nodes", module="nodes", help="list the nodes"),
     Command(name="models", module="models", help="list the models"),
+    Command(name="pull", module="pull", help="fetch a model's files to a node", arguments=_pull),
+    Command(name="remove", module="remove", help="delete a model's files from nodes", arguments=_stored),
+    Command(name="verify", module="verify", help="hash a model's files anew", arguments=_stored),
     Command(name="rm", module="rm", help="delete an instance", arguments=_rm),
     Command(name="events", module="events", help="show what the master decided", arguments=_events),
     Command(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -39,6 +40,7 @@ from skulk.node.measuring import MachineMeter
 from skulk.node.node import Node, NodeRoles
 from skulk.node.processes import BusAddress, LocalMachine
 from skulk.node.storage import StateFile, load_state
+from skulk.node.storehouse import CatalogueFolders, Storehouse
 from skulk.settings import Settings
 from skulk.supervision.child import Child, ChildSpec, Ready
 from skulk.supervision.home import ChildLedger, HomeLock, reap_leftovers
@@ -60,6 +62,19 @@ GATEWAY_DRAIN_S: Final = 5.0
 EVENTS_LOOK_S: Final = 60.0
 VERIFIED_FILE: Final = "verified.json"
 CARDS_FOLDER: Final = "cards"
+
+
+def _reachable_host(host: str) -> str:
+    """How neighbours reach an address that is listened on: this machine's own one where it is all of them."""
+    if host not in {"0.0.0.0", "::"}:  # noqa: S104 - compared, not bound
+        return f"[{host}]" if ":" in host else host
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        # picks the address that leads out; a datagram socket sends nothing by connecting
+        try:
+            probe.connect(("192.0.2.1", 9))
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"
 
 
 class Running:
@@ -138,11 +153,13 @@ def nats_options(address: BusAddress) -> str:
 
 
 def _catalogue(settings: Settings) -> Catalogue:
+    folders = _folders(settings)
     catalogue = Catalogue(
         Path(settings.models_dir),
-        tuple(Path(folder) for folder in settings.models_path),
+        folders.models_path,
         verified_file=Path(settings.home) / VERIFIED_FILE,
-        card_dirs=(Path(settings.home) / CARDS_FOLDER,),
+        card_dirs=folders.card_dirs,
+        ollama_dir=folders.ollama_dir,
     )
     catalogue.rescan()
     return catalogue
@@ -160,6 +177,10 @@ async def _keep_events(bus: NatsBus) -> None:
             else:
                 log.info("the events are kept in the stream %s", STREAM)
         await asyncio.sleep(EVENTS_LOOK_S)
+
+
+def _folders(settings: Settings) -> CatalogueFolders:
+    return CatalogueFolders(settings, Path.home(), (Path(settings.home) / CARDS_FOLDER,))
 
 
 class _Launcher:
@@ -188,6 +209,8 @@ class _Launcher:
         self._may_meet_others = True
         self._api: str | None = None
         self._api_port = settings.api_port
+        self._files: str | None = None
+        self._files_port = settings.files_port
 
     async def start(self) -> None:
         """Everything up to a gateway that answers, and the file that tells other commands where."""
@@ -263,7 +286,20 @@ class _Launcher:
             limit_bytes=settings.memory_limit_bytes,
         )
         await meter.start()
-        machine = LocalMachine(settings, identity.node_id, address, self._catalogue, meter, self._ledger)
+        self._storehouse = house = Storehouse(
+            settings, identity.node_id, bus, replica, self._clock, self._catalogue, meter, self._ledger
+        )
+        await self._start_files(house)
+        machine = LocalMachine(
+            settings,
+            identity.node_id,
+            address,
+            self._catalogue,
+            meter,
+            self._ledger,
+            house.downloads,
+            house.shelf,
+        )
         master = Master(
             bus,
             replica,
@@ -286,6 +322,7 @@ class _Launcher:
         )
         if self._mesh is not None:
             self._mesh.follow(lambda: [node.beat for node in replica.view.nodes.values()])
+        self._spawn("store", house.store.run())
         self._spawn("replica", replica.run())
         self._spawn("master", master.run())
         self._spawn("node", node.run())
@@ -293,7 +330,36 @@ class _Launcher:
 
     def _roles(self) -> NodeRoles:
         routes = () if self._mesh is None else self._mesh.routes
-        return NodeRoles(version=__version__, role=self._settings.participation, routes=routes, api=self._api)
+        house = self._storehouse
+        return NodeRoles(
+            version=__version__,
+            role=self._settings.participation,
+            routes=routes,
+            api=self._api,
+            files=self._files,
+            hub=house.may_use_hub and self._settings.participation == "full",
+            downloads=house.downloads.statuses(),
+        )
+
+    async def _start_files(self, house: Storehouse) -> None:
+        """Serves weights to neighbours, where there can be some."""
+        settings = self._settings
+        if settings.local:
+            return
+        folders = _folders(settings)
+        files = Supervised(
+            "files",
+            lambda: house.files_child(self._files_port, folders),
+            on_ready=self._files_ready,
+            ledger=self._ledger,
+        )
+        self._keep("files", files.run(), files.stop)
+        await files.wait_ready()
+
+    def _files_ready(self, child: Child, ready: Ready) -> None:
+        del child
+        self._files_port = int(str(ready.fields["port"]))
+        self._files = f"{_reachable_host(str(ready.fields['host']))}:{self._files_port}"
 
     async def _start_gateway(self, address: BusAddress) -> None:
         gateway = Supervised(
@@ -328,7 +394,8 @@ class _Launcher:
             api_host="127.0.0.1" if settings.local else settings.api_host,
             api_port=self._api_port,
             models_dir=settings.models_dir,
-            models_path=settings.models_path,
+            models_path=tuple(map(str, _folders(settings).models_path)),
+            ollama_dir=str(_folders(settings).ollama_dir or ""),
             verified_file=str(self._home / VERIFIED_FILE),
             card_dirs=(str(self._home / CARDS_FOLDER),),
             offline=settings.offline,
@@ -393,6 +460,7 @@ class _Launcher:
                 nats_url=self._running.nats_url,
                 nats_port=0 if endpoint is None else endpoint.client_port,
                 route_port=0 if endpoint is None else endpoint.route_port or 0,
+                files_port=self._files_port if self._files else 0,
             ),
         )
         self._stack.callback(remove_node_file, self._home)

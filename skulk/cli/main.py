@@ -26,7 +26,13 @@ WRONG_USAGE: Final = 2
 INTERRUPTED: Final = 130
 BROKEN_PIPE: Final = 141
 # Programs of the launcher, not of people: they read their instruction from stdin.
-CHILDREN: Final = {"_gateway": "skulk.gateway.process", "_runner": "skulk.runner.process"}
+CHILDREN: Final = {
+    "_gateway": "skulk.gateway.process",
+    "_runner": "skulk.runner.process",
+    "_hub": "skulk.node.hub_process",
+    "_files": "skulk.node.files_process",
+    "_header": "skulk.node.header_process",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -30,6 +30,7 @@ from skulk.gateway.keys import BUS, CARDS, CLOCK, DISPATCHER, MASTERS, METRICS, 
 from skulk.gateway.masters import Masters
 from skulk.gateway.metrics import Metrics
 from skulk.gateway.routes import add_routes
+from skulk.gateway.stores import STORES, Stores
 from skulk.models.catalogue import Catalogue
 from skulk.wire.beats import GatewayBeat
 from skulk.wire.gateway import GatewaySpec
@@ -87,7 +88,8 @@ def build_app(spec: GatewaySpec, bus: Bus, catalogue: Catalogue, clock: Clock) -
     app[REPLICA] = replica
     app[INBOX] = inbox
     app[CATALOGUE] = catalogue
-    app[CARDS] = Cards(replica, catalogue)
+    app[CARDS] = cards = Cards(replica, catalogue)
+    app[STORES] = Stores(bus, replica, spec.node_id, catalogue, cards)
     app[MASTERS] = Masters(bus, replica, clock)
     app[DISPATCHER] = Dispatcher(bus, replica, inbox, clock, spec)
     app[METRICS] = Metrics()

@@ -14,8 +14,9 @@ from skulk.gateway.cards import KnownModel
 from skulk.gateway.compat.cards import card_json
 from skulk.gateway.compat.instances import instance_json, instance_of_json
 from skulk.gateway.compat.previews import chosen_report, previews_json, proposed_json
-from skulk.gateway.keys import CARDS, MASTERS, REPLICA
+from skulk.gateway.keys import MASTERS, REPLICA
 from skulk.gateway.replies import json_response
+from skulk.gateway.stores import STORES
 from skulk.ids import is_token, new_id
 from skulk.wire.commands import DeleteInstance, PlacementReply, PlaceModel, PreviewPlacement
 from skulk.wire.model import ModelCard
@@ -53,7 +54,7 @@ class CreateRequest(msgspec.Struct, frozen=True, kw_only=True):
 async def place_instance(request: web.Request) -> web.Response:
     """``POST /place_instance``: always one more instance."""
     sent = read_as(await read_object(request), PlaceRequest)
-    known = request.app[CARDS].need(sent.model_id, param="model_id")
+    known = await request.app[STORES].known(sent.model_id, param="model_id")
     wanted = PlacementRequest(
         card=_placeable(known),
         sharding=sent.sharding,
@@ -82,7 +83,7 @@ async def create_instance(request: web.Request) -> web.Response:
         raise RequestError(
             "invalid_request", f"instanceId must be 1 to {MAX_ID} of a-z, 0-9, _ and -", param="instance.instanceId"
         )
-    known = request.app[CARDS].need(model_id, param="instance.shardAssignments.modelId")
+    known = await request.app[STORES].known(model_id, param="instance.shardAssignments.modelId")
     wanted = PlacementRequest(card=_placeable(known), node_ids=(node_id,))
     return await _place(request, PlaceModel(command_id=new_id(), request=wanted, instance_id=instance_id))
 
@@ -148,7 +149,7 @@ async def placement(request: web.Request) -> web.Response:
 
 async def _preview(request: web.Request) -> tuple[PlacementRequest, PlacementDecision]:
     query = request.query
-    known = request.app[CARDS].need(needed(request, "model_id"), param="model_id")
+    known = await request.app[STORES].known(needed(request, "model_id"), param="model_id")
     wanted = PlacementRequest(
         card=_placeable(known),
         min_nodes=_one_node(whole_number(request, "min_nodes", 1, low=1, high=MAX_NODES)),

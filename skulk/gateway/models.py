@@ -6,14 +6,16 @@ from typing import Any
 
 from aiohttp import web
 
-from skulk.errors import RequestError
+from skulk.errors import RequestError, SkulkError
 from skulk.gateway.bodies import whole_number
 from skulk.gateway.cards import STATES, KnownModel
-from skulk.gateway.compat.cards import model_json
+from skulk.gateway.compat.cards import found_json, model_json
 from skulk.gateway.keys import CARDS
 from skulk.gateway.replies import json_response
+from skulk.gateway.stores import STORES
 
 MAX_FOUND = 100
+MAX_HUB = 50
 
 
 async def list_models(request: web.Request) -> web.Response:
@@ -25,11 +27,29 @@ async def list_models(request: web.Request) -> web.Response:
 
 
 async def search_models(request: web.Request) -> web.Response:
-    """``GET /models/search``: known models whose id, name or family holds every word of ``query`` (or ``q``)."""
-    words = (request.query.get("query") or request.query.get("q") or "").lower().split()
+    """``GET /models/search``: known models whose id, name or family holds every word of ``query`` (or ``q``), then
+    what the hub finds where a node may ask it; ``?hub=0`` leaves that out.
+    """
+    query = request.query.get("query") or request.query.get("q") or ""
+    words = query.lower().split()
     limit = whole_number(request, "limit", MAX_FOUND, low=1, high=1_000)
-    found = [known for known in request.app[CARDS].all() if all(word in _text(known) for word in words)]
-    return _list(found[:limit])
+    found = [_json(known) for known in request.app[CARDS].all() if all(word in _text(known) for word in words)]
+    answer: dict[str, Any] = {"object": "list", "data": found[:limit]}
+    if words and request.query.get("hub") != "0" and request.app[STORES].may_ask_hub():
+        answer |= await _on_hub(request, query, {entry["id"] for entry in found}, limit - len(found))
+        answer["data"] = [*found, *answer["data"]][:limit]
+    return json_response(answer)
+
+
+async def _on_hub(request: web.Request, query: str, known: set[str], limit: int) -> dict[str, Any]:
+    """What the hub finds beyond what is known; its silence is told, not raised: the known models are an answer too."""
+    if limit <= 0:
+        return {"data": []}
+    try:
+        told = await request.app[STORES].search(query, min(limit, MAX_HUB))
+    except SkulkError as error:
+        return {"data": [], "hub_error": {"code": error.code, "message": error.detail}}
+    return {"data": [found_json(one) for one in told.found if one.repo not in known]}
 
 
 async def show_model(request: web.Request) -> web.Response:

@@ -151,6 +151,7 @@ async def _catalogue(spec: GatewaySpec) -> Catalogue:
         tuple(Path(folder) for folder in spec.models_path),
         verified_file=Path(spec.verified_file),
         card_dirs=tuple(Path(folder) for folder in spec.card_dirs),
+        ollama_dir=Path(spec.ollama_dir) if spec.ollama_dir else None,
     )
     await asyncio.to_thread(catalogue.rescan)
     return catalogue

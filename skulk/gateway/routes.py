@@ -7,7 +7,7 @@ from typing import Final
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from skulk.gateway import chat, generations, instances, models, nodes
+from skulk.gateway import chat, downloads, generations, instances, models, nodes
 from skulk.gateway.keys import SPEC
 from skulk.gateway.replies import json_response
 
@@ -37,6 +37,14 @@ ROUTES: Final[tuple[tuple[str, str, Handler], ...]] = (
     ("DELETE", "/instance/{instance_id}", instances.delete_instance),
     ("GET", "/models", models.list_models),
     ("GET", "/models/search", models.search_models),
+    ("POST", "/models/add", downloads.add_model),
+    ("POST", "/download/start", downloads.start_download),
+    ("DELETE", "/download/{node_id}/{model_id:.+}", downloads.delete_download),
+    ("GET", "/store/registry", downloads.registry),
+    ("POST", "/store/models/{model_id:.+}/download", downloads.pull_model),
+    ("GET", "/store/models/{model_id:.+}/download/status", downloads.pull_status),
+    ("POST", "/store/models/{model_id:.+}/verify", downloads.verify_model),
+    ("DELETE", "/store/models/{model_id:.+}", downloads.remove_model),
     ("GET", "/v1/models", models.list_models),
     ("GET", "/v1/models/{model_id:.+}", models.show_model),
     ("POST", "/v1/chat/completions", chat.chat_completions),

@@ -31,14 +31,24 @@ MAX_NUMBER: Final = 2**53
 _F16_BYTES: Final = 2
 _F32_BYTES: Final = 4
 _TEMPLATE: Final = "tokenizer.chat_template"
-# Architectures that are parts of other models, or answer with vectors: `general.architecture`.
+# Architectures that are parts of other models: `general.architecture`.
 _NO_TEXT: Final = {
     "clip": "a projector (the vision or audio part of another model)",
-    "bert": "an embedding model",
-    "nomic-bert": "an embedding model",
-    "jina-bert-v2": "an embedding model",
     "t5encoder": "an encoder",
 }
+# Architectures that answer with vectors whatever their pooling says.
+_EMBEDDERS: Final = frozenset(
+    {
+        "bert",
+        "nomic-bert",
+        "nomic-bert-moe",
+        "jina-bert-v2",
+        "jina-bert-v3",
+        "modern-bert",
+        "neo-bert",
+        "gemma-embedding",
+    }
+)
 
 
 class CardFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -149,6 +159,8 @@ def card_from_gguf(
         layers=layers,
         embedding_length=header.get(f"{architecture}.embedding_length", int, 0),
         vocabulary_size=_vocabulary_size(header, architecture),
+        tasks=("TextEmbedding",) if is_embedder(header, architecture) else ("TextGeneration",),
+        capabilities=("embedding",) if is_embedder(header, architecture) else ("text",),
         tags=_tags(header, architecture),
         license=header.get("general.license", str, ""),
         source=source,
@@ -157,6 +169,16 @@ def card_from_gguf(
     if any(not 0 <= number <= MAX_NUMBER for number in (*numbers, card.embedding_length)):
         raise RequestError("model_file_invalid", f"{name} claims impossible sizes in its header; download it again.")
     return card
+
+
+def with_vision(card: ModelCard) -> ModelCard:
+    """The card of a model that also sees."""
+    return msgspec.structs.replace(card, capabilities=tuple(dict.fromkeys((*card.capabilities, "vision"))))
+
+
+def is_embedder(header: GgufHeader, architecture: str) -> bool:
+    """Whether the model answers with vectors: by its kind, or by a pooling in its header (0: none, 4: a ranker's)."""
+    return architecture in _EMBEDDERS or header.get(f"{architecture}.pooling_type", int, 0) > 0
 
 
 def kv_bytes_per_token(header: GgufHeader, architecture: str) -> int:

@@ -4,7 +4,8 @@
                                      org/repo:Q8_0     (each one, where there are several)
 <folder>/<name>.gguf              -> name
 …-00001-of-00003.gguf             -> one model of three parts
-mmproj-….gguf                     -> no model: the vision part of one
+<folder>/<org>/<repo>/mmproj-….gguf -> no model: the vision part of the repository's models
+<folder>/<org>/<repo>/config.json and *.safetensors, no GGUF -> org/repo, for MLX
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class FoundModel(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         folder: what the names of the card's files are relative to.
+        projector: the vision part that lies with it.
+        config: the ``config.json`` of a model in safetensors; None: a GGUF.
         problem: why they make up none, in a sentence.
     """
 
@@ -35,6 +38,8 @@ class FoundModel(msgspec.Struct, frozen=True, kw_only=True):
     folder: Path
     paths: tuple[Path, ...]
     quantization: str = ""
+    projector: Path | None = None
+    config: Path | None = None
     problem: str | None = None
 
 
@@ -49,18 +54,38 @@ def scan_folder(folder: Path) -> FolderScan:
     """All models of one folder, by id. A folder that isn't there holds none."""
     problems: list[tuple[Path, str]] = []
     groups: dict[tuple[str, Path], list[tuple[FileName, Path]]] = defaultdict(list)
+    projectors: dict[Path, list[Path]] = defaultdict(list)
     for count, path in enumerate(_gguf_files(folder, problems)):
         if count >= MAX_FILES:
             problems.append((folder, f"{folder} holds more than {MAX_FILES:,} GGUF files; the rest is left out."))
             break
         name = parse_file_name(path.name)
         if name.is_projector:
+            projectors[_home_of(folder, path)[1]].append(path)
             continue
         groups[_home_of(folder, path)].append((name, path))
     models: list[FoundModel] = []
     for (model_id, home), files in sorted(groups.items()):
-        models.extend(_models_of(model_id, home, files))
+        # in a folder of bare files nobody knows which model a projector belongs to
+        projector = min(projectors[home], default=None) if home != folder and home in projectors else None
+        found = _models_of(model_id, home, files)
+        models.extend(msgspec.structs.replace(model, projector=projector) for model in found)
+    models.extend(_safetensors_of(folder, {home for _, home in groups}))
     return FolderScan(models=tuple(models), problems=tuple(problems))
+
+
+def _safetensors_of(folder: Path, taken: set[Path]) -> Iterator[FoundModel]:
+    """Models in safetensors: repositories with a configuration and no GGUF."""
+    for count, config in enumerate(sorted(folder.glob("*/*/config.json"))):
+        if count >= MAX_FILES:
+            return
+        home = config.parent
+        org, repo = home.parent.name, home.name
+        if home in taken or org.startswith(".") or repo.startswith(".") or not _is_text(home):
+            continue
+        weights = tuple(sorted(path for path in home.glob("*.safetensors") if not path.name.startswith(".")))
+        if weights:
+            yield FoundModel(model_id=f"{org}/{repo}", folder=home, paths=weights, config=config)
 
 
 def _gguf_files(folder: Path, problems: list[tuple[Path, str]]) -> Iterator[Path]:

@@ -79,6 +79,18 @@ class VerificationCache:
         self._remember(path, msgspec.structs.replace(after, sha256=digest))
         return digest
 
+    def forget(self, path: Path) -> None:
+        """Drops what is known of a file."""
+        with self._lock:
+            self._entries = {name: entry for name, entry in self._entries.items() if name != str(path)}
+
+    def note(self, path: Path, sha256: str) -> None:
+        """Takes down the hash of a file as it is now, which somebody else has just taken."""
+        try:
+            self._remember(path, _fingerprint(path, sha256))
+        except OSError as error:
+            log.warning("the hash of %s is not kept: %s", path, error)
+
     def _remember(self, path: Path, entry: Fingerprint) -> None:
         with self._lock:
             entries = {**self._entries, str(path): entry}

@@ -1,8 +1,10 @@
 """The runners of one node: each wanted one is admitted, started, watched and stopped here.
 
     wanted ──> prepare (weights, hash) ──> admit (memory) ──> accepted ──> process, restarted by policy ──> stopped
-                      │                        │                               │
-                      └────────> refused <─────┘                               └──> failed, with its reason
+      │               │    ^                   │                               │
+      │               │    └── fetched <───────│───┐                           └──> failed, with its reason
+      │               └────────> refused <─────┘   │
+      └── no weights here: admit, accepted ──> fetch them
 
 A refused runner stays listed, so that the master reads the refusal; it goes when the state no longer wants it.
 """
@@ -72,6 +74,14 @@ class Host(Protocol):
 
     async def prepare(self, wanted: Wanted) -> Prepared:
         """Finds and verifies the weights; a `SkulkError` is the reason of the refusal."""
+        ...
+
+    def has_weights(self, wanted: Wanted) -> bool:
+        """Whether the model's files lie here; else `fetch` comes before `prepare`."""
+        ...
+
+    async def fetch(self, wanted: Wanted) -> None:
+        """Brings the files here, however long that takes; a `SkulkError` is the reason of the refusal."""
         ...
 
     async def facts(self, pids: dict[str, int]) -> MeasuredFacts:
@@ -177,6 +187,8 @@ class Hosting:
 
     async def _live(self, runner: _Runner) -> None:
         try:
+            if not self._host.has_weights(runner.wanted):
+                await self._fetched(runner)
             prepared = await self._admitted(runner)
         except SkulkError as error:
             self._tell(runner, "refused", ErrorBody.of(error))
@@ -187,10 +199,25 @@ class Hosting:
         runner.process = process
         await process.run()
 
+    async def _fetched(self, runner: _Runner) -> None:
+        """Brings the weights here. The memory is promised meanwhile: whoever placed the model has its answer."""
+        await self._admit(runner)
+        self._tell(runner, "accepted")
+        await self._host.fetch(runner.wanted)
+
     async def _admitted(self, runner: _Runner) -> Prepared:
         """What the runner starts with; a `SkulkError` is the reason why it doesn't."""
         try:
             prepared = await self._host.prepare(runner.wanted)
+        except OSError as error:
+            text = f"{error}; mend that on this node, or place the model on another one"
+            raise UnavailableError("refused_by_node", text) from error
+        await self._admit(runner)
+        return prepared
+
+    async def _admit(self, runner: _Runner) -> None:
+        """Counts the memory once more; raises the refusal."""
+        try:
             facts = await self._host.facts(self.pids())
         except OSError as error:
             text = f"{error}; mend that on this node, or place the model on another one"
@@ -198,7 +225,6 @@ class Hosting:
         refusal = admit(facts, runner.wanted.assignment, self._reserved_besides(runner, facts.runner_bytes))
         if refusal is not None:
             raise refusal
-        return prepared
 
     def _reserved_besides(self, runner: _Runner, measured: Mapping[str, int]) -> int:
         others = [found for found in self._runners.values() if found is not runner and found.status.phase != "refused"]

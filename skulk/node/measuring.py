@@ -92,6 +92,10 @@ class MachineMeter:
         memory = memory_facts(self.tags, self._gpus, limit_bytes=self._limit_bytes, own=own.values())
         return memory, {runner: taken.total_bytes for runner, taken in own.items()}, disk_facts(self._models_dir)
 
+    async def look_at_models(self) -> None:
+        """Looks at the models now: something came or went."""
+        await self._look_at_models()
+
     async def _look_at_engine(self) -> None:
         self._advertised = tags_of(self._declared, await probe_engine(PROBE))
 

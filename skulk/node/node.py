@@ -25,6 +25,7 @@ from skulk.wire.beats import DiskFacts, HealthReason, MemoryFacts, NodeBeat, Rol
 from skulk.wire.commands import History, HistoryRequest, Snapshot, SnapshotRequest
 from skulk.wire.model import HeldModel
 from skulk.wire.state import ClusterState
+from skulk.wire.store import DownloadStatus
 
 log = logging.getLogger("skulk.node")
 
@@ -57,12 +58,22 @@ class Meter(Protocol):
 
 
 class NodeRoles(msgspec.Struct, frozen=True, kw_only=True):
-    """What a node is told about its place in the cluster: ``version`` of Skulk, its role, its addresses now."""
+    """What a node is told about its place in the cluster.
+
+    Attributes:
+        version: of Skulk.
+        routes, api, files: its addresses, ``host:port``; none where it has none.
+        hub: it may fetch weights from the hub.
+        downloads: weights on their way to its disk.
+    """
 
     version: str
     role: Role
     routes: tuple[str, ...] = ()
     api: str | None = None
+    files: str | None = None
+    hub: bool = False
+    downloads: tuple[DownloadStatus, ...] = ()
 
 
 class Node:
@@ -178,6 +189,9 @@ class Node:
             routes=roles.routes,
             api=roles.api,
             hears=tuple(sorted(view.nodes)),
+            files=roles.files,
+            hub=roles.hub,
+            downloads=roles.downloads,
         )
 
     async def _snapshot(self, call: Call[SnapshotRequest]) -> Snapshot:

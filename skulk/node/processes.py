@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -13,7 +14,10 @@ import msgspec
 
 from skulk.cluster.reconcile import Wanted
 from skulk.errors import UnavailableError
-from skulk.models.catalogue import Catalogue
+from skulk.models.catalogue import Catalogue, CatalogueEntry
+from skulk.models.shelf import Shelf
+from skulk.node.children import HeaderChecks
+from skulk.node.downloads import Downloads
 from skulk.node.hosting import Prepared, ProcessReport, lost_process
 from skulk.node.measuring import MachineMeter
 from skulk.node.node import Measured
@@ -54,6 +58,8 @@ class LocalMachine:
         catalogue: Catalogue,
         meter: MachineMeter,
         ledger: Ledger | None,
+        downloads: Downloads,
+        shelf: Shelf,
     ) -> None:
         self._settings = settings
         self._node_id = node_id
@@ -61,10 +67,30 @@ class LocalMachine:
         self._catalogue = catalogue
         self._meter = meter
         self._ledger = ledger
+        self._downloads = downloads
+        self._shelf = shelf
+        self._headers = HeaderChecks(ledger)
         self._hashing = asyncio.Lock()
 
+    def has_weights(self, wanted: Wanted) -> bool:
+        """Whether the model lies here with the pins of its card; a node that runs none refuses in `prepare`."""
+        card = wanted.instance.request.card
+        if self._settings.participation == "management" or self._downloads.has(card):
+            return True
+        # no source is known: `prepare` says what is missing or broken, better than a download that can't be
+        return not self._downloads.can_fetch(card)
+
+    async def fetch(self, wanted: Wanted) -> None:
+        """Has the weights come.
+
+        Raises:
+            SkulkError: why they don't.
+        """
+        await self._downloads.fetch(wanted.instance.request.card)
+
     async def prepare(self, wanted: Wanted) -> Prepared:
-        """Finds the model's file and verifies it against its card, in a thread that ends when this is cancelled.
+        """Finds the model's files and verifies them against its card, in a thread that ends when this is cancelled;
+        then their headers are read in a process of its own.
 
         Raises:
             SkulkError: ``refused_by_node``: this node runs no models; what the catalogue has against the model.
@@ -76,18 +102,22 @@ class LocalMachine:
         # one at a time: two would only share the disk, and a few would leave no thread for the beats
         async with self._hashing:
             try:
-                return Prepared(path=await asyncio.to_thread(self._find, wanted.instance.model_id, is_cancelled))
+                entry = await asyncio.to_thread(self._find, wanted.instance.model_id, is_cancelled)
             finally:
                 is_cancelled.set()
+        if entry.card.format == "gguf" and wanted.assignment.backend.startswith("llama_cpp"):
+            await self._headers.check(entry.paths)
+        return Prepared(path=str(entry.paths[0]))
 
-    def _find(self, model_id: str, is_cancelled: threading.Event) -> str:
+    def _find(self, model_id: str, is_cancelled: threading.Event) -> CatalogueEntry:
         def on_block(_: int) -> None:
             if is_cancelled.is_set():
                 raise InterruptedError(f"the check of {model_id} is not needed any more")
 
         entry = self._catalogue.find(model_id)
         self._catalogue.verify(entry, on_block)
-        return str(self._catalogue.path_of(model_id))
+        self._shelf.touch(model_id, time.time())
+        return entry
 
     async def facts(self, pids: dict[str, int]) -> Measured:
         """Tags and memory, measured now."""

@@ -11,7 +11,7 @@
           f. draining
           g. facts_pending      it hasn't measured its memory yet
           h. backend_mismatch   the card accepts none of its tags
-          i. weights_missing    the weights aren't on its disk
+          i. weights_missing    the weights aren't on its disk, and it can't fetch them (`placement.weights`)
           j. memory             not even the smallest context that may be admitted fits
         else it can serve: context, cells and memory that it would get, and a score
      3. some can serve ...................................... placed on the best score, ties by node id
@@ -33,6 +33,7 @@ from skulk.ids import runner_id
 from skulk.placement.backends import Ranked, rank_of
 from skulk.placement.memory import Fit, context_limit, fit_context, largest_context, least_need
 from skulk.placement.rooms import room
+from skulk.placement.weights import holds, why_not_fetched
 from skulk.units import format_bytes
 from skulk.wire.base import PROTOCOL
 from skulk.wire.placement import NodeReport, PlacementDecision, PlacementRequest
@@ -67,7 +68,7 @@ _REMEDIES: Final = {
     "draining": "Wait until the drain has ended",
     "facts_pending": "Try again in a few seconds",
     "backend_mismatch": "Add a node with an accepted backend, or look at the warnings of 'skulk nodes'",
-    "weights_missing": "Put the model's files where SKULK_MODELS_PATH of a node looks",
+    "weights_missing": "Put the model's files where SKULK_MODELS_PATH of a node looks, or free disk space there",
     "memory": "Free memory, ask for a smaller context_length or n_parallel, or take a smaller quantization",
 }
 
@@ -150,6 +151,10 @@ def _impossible(request: PlacementRequest) -> str:
     asked, limit = request.context_length, context_limit(card)
     if asked is not None and not 1 <= asked <= limit:
         return f"context_length is {asked:,}; {card.model_id} takes 1 to {limit:,} tokens."
+    if "TextGeneration" not in card.tasks:
+        return (
+            f"{card.model_id} answers with {', '.join(card.tasks) or 'nothing'}, not with text; choose another model."
+        )
     if not card.backends:
         return f"The card of {card.model_id} accepts no backend; name at least one in its 'backends'."
     return ""
@@ -172,8 +177,8 @@ def _report(view: ClusterView, request: PlacementRequest, node_id: str, n_parall
     if verdict is None and ranked is None:  # h.
         offered = ", ".join(tag for tag in node.beat.tags if "-" in tag) or "nothing"
         verdict = _Verdict("backend_mismatch", f"needs {' or '.join(request.card.backends)}, offers {offered}")
-    if verdict is None and all(held.model_id != request.card.model_id for held in node.beat.models):  # i.
-        verdict = _Verdict("weights_missing", f"has no files of {request.card.model_id}")
+    if verdict is None and (missing := why_not_fetched(view, request.card, node)):  # i.
+        verdict = _Verdict("weights_missing", missing)
     if verdict is not None:
         return NodeReport(
             node_id=node_id, name=node.beat.name, filter=verdict.filter, detail=verdict.detail, backend=backend
@@ -236,7 +241,7 @@ def _sized(request: PlacementRequest, node: NodeView, ranked: Ranked, n_parallel
         n_parallel=fit.n_parallel,
         kv_cells=fit.kv_cells,
         memory=fit.memory,
-        score=_score(node, ranked.rank, fit, have),
+        score=_score(node, ranked.rank, fit, have, is_held=holds(node, card)),
     )
 
 
@@ -249,12 +254,12 @@ def _offer(fit: Fit | None) -> str:
     return "" if fit is None else f"; a context_length of {fit.context_length:,} would fit"
 
 
-def _score(node: NodeView, rank: int, fit: Fit, have: int) -> dict[str, float]:
+def _score(node: NodeView, rank: int, fit: Fit, have: int, *, is_held: bool) -> dict[str, float]:
     left = (have - fit.memory.need_bytes) / have
     load = node.beat.load / max(1, node.beat.system.physical_cores)
     return {
         "backend": float(-rank),
-        "weights": 1.0,
+        "weights": 1.0 if is_held else 0.0,
         "room": round(left, 1),
         "load": 0.0 - round(load, 1),
     }

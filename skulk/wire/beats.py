@@ -7,6 +7,7 @@ from typing import Literal
 from skulk.wire.base import ErrorBody, Wire
 from skulk.wire.model import HeldModel
 from skulk.wire.state import ORIGIN, Position, Term
+from skulk.wire.store import DownloadStatus
 
 Role = Literal["full", "management"]
 RunnerPhase = Literal["accepted", "refused", "starting", "loading", "warming", "ready", "draining", "stopped", "failed"]
@@ -105,6 +106,9 @@ class NodeBeat(Wire, frozen=True, kw_only=True):
         routes: ``host:port`` of each address by which servers of other nodes reach its nats-server.
         api: ``host:port`` of its gateway; None without one.
         hears: the nodes whose beats it hears.
+        files: ``host:port`` where it serves its weights to neighbours; None: it doesn't.
+        hub: it may fetch weights from the hub.
+        downloads: the weights on their way to its disk, and those that failed lately.
     """
 
     node_id: str
@@ -130,6 +134,9 @@ class NodeBeat(Wire, frozen=True, kw_only=True):
     api: str | None = None
     hears: tuple[str, ...] = ()
     routes: tuple[str, ...] = ()
+    files: str | None = None
+    hub: bool = False
+    downloads: tuple[DownloadStatus, ...] = ()
 
 
 class MasterBeat(Wire, frozen=True, kw_only=True):

@@ -22,6 +22,7 @@ class GatewaySpec(Wire, frozen=True, kw_only=True):
         api_port: 0 picks a free one; the announcement of readiness tells it.
         models_dir: where this node's weights lie; ``models_path``: read-only folders beside it.
         card_dirs: folders of own cards.
+        ollama_dir: Ollama's store; empty: it isn't looked at.
         verified_file: where the node keeps the hashes that it took.
         max_body_bytes: largest body of an HTTP request.
         load_wait_s: longest wait of a request for a loading instance.
@@ -46,6 +47,7 @@ class GatewaySpec(Wire, frozen=True, kw_only=True):
     models_dir: str
     models_path: tuple[str, ...] = ()
     card_dirs: tuple[str, ...] = ()
+    ollama_dir: str = ""
     verified_file: str
     offline: bool = False
     max_body_bytes: int = 64 * 1024 * 1024

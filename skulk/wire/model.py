@@ -16,11 +16,13 @@ class ModelFile(Wire, frozen=True, kw_only=True):
         name: path inside the repository, ``/`` between its parts.
         size_bytes: size of the whole file.
         sha256: pinned digest, hexadecimal; None where nothing pins it.
+        git_oid: the digest that git gives a small file of the hub (SHA-1 over a header and the content); None: none.
     """
 
     name: str
     size_bytes: int
     sha256: str | None = None
+    git_oid: str | None = None
 
 
 class ModelCard(Wire, frozen=True, kw_only=True):
@@ -38,6 +40,10 @@ class ModelCard(Wire, frozen=True, kw_only=True):
         kv_bytes_per_token: of one token in one sequence's cache, 16-bit, all layers.
         recurrent_bytes: state of one sequence that doesn't grow with its length.
         source: page or file the card was read from.
+        repo: ``org/repo`` on the hub that has the files; empty: none is known.
+        revision: the commit of ``repo`` that is pinned.
+        projector: the vision part, where the model has one.
+        companions: what goes with the weights: configuration, tokenizer, templates.
     """
 
     model_id: str
@@ -60,16 +66,26 @@ class ModelCard(Wire, frozen=True, kw_only=True):
     tags: tuple[str, ...] = ()
     license: str = ""
     source: str = ""
+    repo: str = ""
+    revision: str = ""
+    projector: ModelFile | None = None
+    companions: tuple[ModelFile, ...] = ()
+
+    @property
+    def all_files(self) -> tuple[ModelFile, ...]:
+        """Weights, projector and companions."""
+        return (*self.files, *(() if self.projector is None else (self.projector,)), *self.companions)
 
     @property
     def size_bytes(self) -> int:
         """Bytes on disk of all files."""
-        return sum(file.size_bytes for file in self.files)
+        return sum(file.size_bytes for file in self.all_files)
 
 
 class HeldModel(Wire, frozen=True, kw_only=True):
-    """A model whose weights lie whole on a node's disk."""
+    """A model whose weights lie whole on a node's disk, since ``added_at`` (seconds since the epoch; 0: unknown)."""
 
     model_id: str
     size_bytes: int
     sha256: str | None = None
+    added_at: float = 0.0

@@ -69,6 +69,7 @@ class FakeMachine:
         runner_bytes: measured memory of runners, by id.
         measure_failure: what `measure` raises.
         measurable: cleared by a test, it holds every `measure` back.
+        fetched: set by a test, it lets every `fetch` of missing weights end, with ``fetch_failure`` where that is set.
     """
 
     def __init__(self, *, memory_bytes: int = 16 * GIB, models: tuple[str, ...] = ("org/model",)) -> None:
@@ -85,6 +86,10 @@ class FakeMachine:
         self.measurable = asyncio.Event()
         self.measurable.set()
         self.processes: dict[str, FakeProcess] = {}
+        self.supervised = asyncio.Event()
+        self.fetching = asyncio.Event()
+        self.fetched = asyncio.Event()
+        self.fetch_failure: Exception | None = None
 
     async def prepare(self, wanted: Wanted) -> Prepared:
         del wanted
@@ -94,6 +99,16 @@ class FakeMachine:
             raise self.refusal
         return Prepared(path="model.gguf")
 
+    def has_weights(self, wanted: Wanted) -> bool:
+        return wanted.instance.model_id in self.models
+
+    async def fetch(self, wanted: Wanted) -> None:
+        self.fetching.set()
+        await self.fetched.wait()
+        if self.fetch_failure is not None:
+            raise self.fetch_failure
+        self.models = (*self.models, wanted.instance.model_id)
+
     async def facts(self, pids: dict[str, int]) -> Measured:
         own = await self.measure(pids)
         memory = msgspec.structs.replace(own.memory, usable_bytes=self.own_memory_bytes)
@@ -102,6 +117,7 @@ class FakeMachine:
     def supervise(self, wanted: Wanted, prepared: Prepared, on_exit: Callable[[ProcessReport], None]) -> FakeProcess:
         del prepared
         process = self.processes[wanted.assignment.runner_id] = FakeProcess(on_exit, self.defect)
+        self.supervised.set()
         return process
 
     async def measure(self, pids: dict[str, int]) -> Measured:

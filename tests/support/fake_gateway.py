@@ -169,6 +169,8 @@ class FakeGateway:
         self.decision: dict[str, Any] = decision()
         self.chunks: list[dict[str, Any]] = answer_chunks("Nile, ", "Rhine, ", "Amazon")
         self.breaks_off = False
+        self.pulls: list[dict[str, Any]] = []
+        self.problem = ""
         self.refusals: dict[str, tuple[int, Any]] = {}
         self.requests: list[Request] = []
         self.on_request: Callable[[Request], None] = lambda _: None
@@ -211,6 +213,10 @@ class FakeGateway:
         app.router.add_post("/place_instance", self._place)
         app.router.add_delete("/instance/{id}", self._delete)
         app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/store/models/{id:.+}/download", self._pull)
+        app.router.add_get("/store/models/{id:.+}/download/status", self._pull)
+        app.router.add_post("/store/models/{id:.+}/verify", self._verify)
+        app.router.add_delete("/store/models/{id:.+}", self._remove)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -254,6 +260,17 @@ class FakeGateway:
 
     async def _delete(self, request: web.Request) -> web.Response:
         told = {"message": "Command received.", "command_id": "c1", "instance_id": request.match_info["id"]}
+        return web.json_response(told)
+
+    async def _pull(self, _: web.Request) -> web.Response:
+        return web.json_response(self.pulls.pop(0) if len(self.pulls) > 1 else self.pulls[0])
+
+    async def _verify(self, request: web.Request) -> web.Response:
+        result = {"node_id": NODE, "problem": self.problem, "is_pinned": True}
+        return web.json_response({"model_id": request.match_info["id"], "results": [result]})
+
+    async def _remove(self, request: web.Request) -> web.Response:
+        told = {"model_id": request.match_info["id"], "removed": [{"node_id": NODE, "freed_bytes": 2 * 2**20}]}
         return web.json_response(told)
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:

@@ -191,6 +191,7 @@ class FakeCluster:
             ),
         )
         self.leads = True
+        self.more_of_beat: dict[str, Any] = {}
         self._services: list[Service] = []
         self._beats: asyncio.Task[None] | None = None
 
@@ -221,6 +222,7 @@ class FakeCluster:
     async def beat(self) -> None:
         """One beat of the node, and of the master where it leads."""
         spoken = beat(NODE, models=self.models, runners=tuple(self.statuses.values()))
+        spoken = msgspec.structs.replace(spoken, **self.more_of_beat)
         await self.bus.publish(NODE_BEAT, spoken, node=NODE)
         if self.leads:
             spoken = MasterBeat(

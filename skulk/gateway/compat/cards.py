@@ -6,6 +6,7 @@ from typing import Any
 
 from skulk.units import MIB
 from skulk.wire.model import ModelCard
+from skulk.wire.store import FoundModel
 
 
 def card_json(card: ModelCard) -> dict[str, Any]:
@@ -53,3 +54,20 @@ def model_json(card: ModelCard, state: str, problem: str) -> dict[str, Any]:
     if problem:
         entry["problem"] = problem
     return entry
+
+
+def found_json(found: FoundModel) -> dict[str, Any]:
+    """A repository that only the hub knows, as an entry of ``/models/search``: nothing of it was read yet."""
+    return {
+        "id": found.repo,
+        "object": "model",
+        "created": 0,
+        "owned_by": found.repo.partition("/")[0],
+        "model_id": found.repo,
+        "hugging_face_id": found.repo,
+        "name": found.repo.rpartition("/")[2],
+        "tags": list(found.tags),
+        "downloads": found.downloads,
+        "likes": found.likes,
+        "state": "available",
+    }

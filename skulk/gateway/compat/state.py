@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from skulk.cluster.view import ClusterView, NodeView
-from skulk.gateway.compat.instances import instance_json, runner_json, shard_json
+from skulk.gateway.compat.downloads import download_json, model_shard_json
+from skulk.gateway.compat.instances import instance_json, runner_json
 from skulk.wire.beats import Accelerator, HealthReason, NodeBeat, RunnerStatus
 from skulk.wire.model import HeldModel, ModelCard
 
@@ -29,7 +30,7 @@ def state_json(view: ClusterView, cards: Mapping[str, ModelCard], now: float, wa
     return {
         "instances": {name: instance_json(view, instance) for name, instance in view.state.instances.items()},
         "runners": {runner: runner_json(view.runners.get(runner)) for runner in assigned},
-        "downloads": {name: [_held_json(held, cards) for held in beat.models] for name, beat in beats.items()},
+        "downloads": {name: _downloads_json(beat, cards) for name, beat in beats.items()},
         "topology": {
             "nodes": list(beats),
             "connections": {
@@ -117,13 +118,16 @@ def _failure(runner: RunnerStatus) -> HealthReason:
     )
 
 
+def _downloads_json(beat: NodeBeat, cards: Mapping[str, ModelCard]) -> list[dict[str, Any]]:
+    """What lies on a node's disk, and what is on its way there."""
+    return [
+        *(_held_json(held, cards) for held in beat.models),
+        *(download_json(status, cards) for status in beat.downloads),
+    ]
+
+
 def _held_json(held: HeldModel, cards: Mapping[str, ModelCard]) -> dict[str, Any]:
-    card = cards.get(held.model_id)
-    shard: dict[str, Any] = (
-        {"PipelineShardMetadata": {"modelCard": {"modelId": held.model_id}, "deviceRank": 0, "worldSize": 1}}
-        if card is None
-        else shard_json(card, "")
-    )
+    shard = model_shard_json(held.model_id, cards)
     return {"DownloadCompleted": {"shardMetadata": shard, "total": {"inBytes": held.size_bytes}}}
 
 

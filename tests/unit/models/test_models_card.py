@@ -99,7 +99,7 @@ def test_the_vocabulary_is_counted_where_its_size_is_not_said() -> None:
     [
         ({"general__architecture": None}, "architecture"),
         ({"general__architecture": "clip"}, "projector"),
-        ({"general__architecture": "bert"}, "embedding"),
+        ({"general__architecture": "t5encoder"}, "encoder"),
         ({"llama__block_count": None}, "layers and context length"),
         ({"llama__context_length": 0}, "layers and context length"),
         ({"llama__attention__head_count_kv": U64(2**64 - 1)}, "impossible sizes"),
@@ -110,6 +110,23 @@ def test_headers_that_make_no_card(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(RequestError, match=says) as caught:
         card_of(header_of(llama_metadata(**changes)))
     assert caught.value.code == "model_file_invalid"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"general.architecture": "bert", "bert.block_count": 6, "bert.context_length": 512},
+        {"llama.pooling_type": 1},
+    ],
+)
+def test_a_model_that_answers_with_vectors_is_known_as_one(changes: dict[str, Any]) -> None:
+    card = card_of(header_of(llama_metadata() | changes))
+    assert (card.tasks, card.capabilities) == (("TextEmbedding",), ("embedding",))
+
+
+def test_a_model_that_answers_with_text_is_none_of_them() -> None:
+    card = card_of(header_of(llama_metadata() | {"llama.pooling_type": 0}))
+    assert (card.tasks, card.capabilities) == (("TextGeneration",), ("text",))
 
 
 CARD = """

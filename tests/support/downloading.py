@@ -1,0 +1,93 @@
+"""A node's downloads with real child processes, on a folder of a test, against the small hub."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+
+from skulk.clock import SystemClock
+from skulk.models.catalogue import Catalogue
+from skulk.models.shelf import Shelf
+from skulk.models.sources import Neighbour
+from skulk.node.children import HubChildren
+from skulk.node.downloads import Downloads, Rules
+from skulk.settings import Settings
+from skulk.wire.store import DownloadStatus
+
+
+class DownloadingNode:
+    """Downloads that run, and what is around them."""
+
+    def __init__(self, home: Path, hub_url: str, rules: Rules, neighbours: tuple[Neighbour, ...]) -> None:
+        settings = Settings(
+            home=str(home), models_dir=str(home / "models"), hf_endpoint=hub_url, hf_home=str(home / "hf")
+        )
+        self.changes = 0
+        self.in_use: frozenset[str] = frozenset()
+        self.folder = home / "models"
+        self.shelf = Shelf(self.folder)
+        self.catalogue = Catalogue(self.folder, verified_file=home / "verified.json")
+        self.catalogue.rescan()
+        self.children = HubChildren(settings, None)
+        self.downloads = Downloads(
+            self.shelf,
+            self.catalogue,
+            self.children,
+            SystemClock(),
+            rules=rules,
+            neighbours=lambda _: neighbours,
+            in_use=lambda: self.in_use,
+            on_change=self._changed,
+        )
+
+    async def _changed(self) -> None:
+        self.changes += 1
+
+    async def wait_status(
+        self, model_id: str, is_so: Callable[[DownloadStatus | None], bool], timeout_s: float = 30.0
+    ) -> DownloadStatus | None:
+        """Waits until a download's status satisfies a predicate."""
+        async with asyncio.timeout(timeout_s):
+            while True:
+                status = self.downloads.status(model_id)
+                if is_so(status):
+                    return status
+                await asyncio.sleep(0.02)
+
+
+def hub_children() -> list[psutil.Process]:
+    """The hub processes that this test's process has started."""
+    return [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if child.status() != psutil.STATUS_ZOMBIE and "_hub" in child.cmdline()
+    ]
+
+
+async def wait_for_children(timeout_s: float = 30.0) -> list[psutil.Process]:
+    """Waits until there is a hub process."""
+    async with asyncio.timeout(timeout_s):
+        while True:
+            if found := hub_children():
+                return found
+            await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def downloading_node(
+    home: Path, hub_url: str, *, rules: Rules | None = None, neighbours: tuple[Neighbour, ...] = ()
+) -> AsyncGenerator[DownloadingNode]:
+    """Running downloads; at the end no child is left."""
+    node = DownloadingNode(home, hub_url, rules or Rules(), neighbours)
+    task = asyncio.create_task(node.downloads.run(), name="downloads")
+    await asyncio.sleep(0)
+    try:
+        yield node
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+        assert hub_children() == []
