@@ -9,12 +9,13 @@ the mean depth at which ours was counted.
 
     clock       seconds of                                                            for
     wall        the monotonic clock                                                   a machine that does nothing else
-    processor   processor time of the process by thread; theirs gets it in place of   a machine that others use; one
-                its clock, by LD_PRELOAD of a library compiled for the run            thread the same as on a quiet one
+    processor   processor time of the process by thread; theirs gets it in place of   a machine that others use; exact
+                its clock, by LD_PRELOAD of a library compiled for the run            with one thread
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import json
@@ -468,14 +469,17 @@ def find_binary(asked: str) -> str | None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Our side of one case (JSON), written to a file: the process that `ours_apart` starts."""
-    case_text, target = arguments
+    """Our side of one case, written to a file: the process that `ours_apart` starts."""
+    parser = argparse.ArgumentParser(prog="tools/bench_sides.py", description="Measures our side of one case.")
+    parser.add_argument("case", help="a `Case` as JSON")
+    parser.add_argument("target", help="the file that gets what was measured, as JSON")
+    flags = parser.parse_args(arguments)
     try:
-        measured = measure_ours(msgspec.json.decode(case_text, type=Case))
+        measured = measure_ours(msgspec.json.decode(flags.case, type=Case))
     except BenchError as error:
         print(error, file=sys.stderr)
         return 1
-    Path(target).write_bytes(msgspec.json.encode(measured))
+    Path(flags.target).write_bytes(msgspec.json.encode(measured))
     return 0
 
 
