@@ -224,7 +224,7 @@ class Mesh:
                 self._set(with_plan(without_old(self._known, self._clock.wall()), self._dialled))
                 await self._apply()
                 self._tell()
-                self._save()
+                await self._save()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_S):
                     await self._changed.wait()
@@ -279,12 +279,13 @@ class Mesh:
             self._told = found
             write_mesh_file(self._home, tuple(found.values()))
 
-    def _save(self) -> None:
+    async def _save(self) -> None:
         peers = tuple(self._known.neighbours[node_id] for node_id in sorted(self._known.neighbours))
         remembered = Remembered(cluster=self._settings.cluster, route_port=self._port, peers=peers)
         if remembered != self._saved:
             self._saved = remembered
-            save_peers(self._home, remembered)
+            # it waits for the disk, and a beat must not
+            await asyncio.to_thread(save_peers, self._home, remembered)
 
 
 def _log_change(before: Standing | None, now: Standing) -> None:

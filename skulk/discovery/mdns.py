@@ -28,7 +28,7 @@ LOOK_S: Final = 5.0
 RESOLVE_S: Final = 3.0
 MAX_NAMES: Final = 1_000
 
-_LOG: Final = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 _Names: TypeAlias = "asyncio.Queue[tuple[str, ServiceStateChange]]"
 
 
@@ -68,6 +68,8 @@ class Mdns:
                     await self._on_network(addresses)
                 except (OSError, ZeroconfError) as error:
                     self._failed(error)
+                except Exception:  # the border: what strangers send, and a library that reads it, end no node
+                    _logger.exception("mDNS failed and is begun anew")
             await asyncio.sleep(self._look_s)
 
     async def _on_network(self, addresses: tuple[str, ...]) -> None:
@@ -76,13 +78,13 @@ class Mdns:
         async with _zeroconf(addresses) as zeroconf, _browsing(zeroconf.zeroconf) as names:
             await (await zeroconf.async_register_service(_info(told), allow_name_change=True))
             self._failure = ""
-            _LOG.info("announced by mDNS at %s", ", ".join(addresses))
+            _logger.info("announced by mDNS at %s", ", ".join(addresses))
             async with asyncio.TaskGroup() as tasks:
                 resolving = tasks.create_task(self._resolve(zeroconf.zeroconf, names), name="mdns-resolve")
                 while self._describe(self._addresses()) == told:  # noqa: ASYNC110 - the system can only be asked
                     await asyncio.sleep(self._look_s)
                 resolving.cancel()
-            _LOG.info("this node is reached otherwise now")
+            _logger.info("this node is reached otherwise now")
 
     async def _resolve(self, zeroconf: Zeroconf, names: _Names) -> None:
         known: dict[str, str] = {}
@@ -101,7 +103,7 @@ class Mdns:
         text = f"nodes of this network aren't found by mDNS now: {error or type(error).__name__}"
         if text != self._failure:
             self._failure = text
-            _LOG.warning("%s; SKULK_BOOTSTRAP_PEERS names them without it", text)
+            _logger.warning("%s; SKULK_BOOTSTRAP_PEERS names them without it", text)
 
 
 async def browse_once(wait_s: float) -> tuple[Advert, ...]:
@@ -161,7 +163,7 @@ async def _advert_of(zeroconf: Zeroconf, name: str) -> Advert | None:
         if not await info.async_request(zeroconf, RESOLVE_S * 1000):
             return None
     except (OSError, ZeroconfError) as error:
-        _LOG.debug("%s isn't resolved: %s", name, error)
+        _logger.debug("%s isn't resolved: %s", name, error)
         return None
     return read_advert({key: value or "" for key, value in info.decoded_properties.items()})
 

@@ -15,7 +15,7 @@ from tests.support.whole_node import MODEL, WholeNode, text_of, whole_node
 
 STREAMS = 10
 QUESTION = [{"role": "user", "content": "Name three rivers."}]
-GREEDY = {"temperature": 0, "max_tokens": 24, "ignore_eos": True}
+GREEDY = {"temperature": 0, "max_tokens": 16, "ignore_eos": True}
 
 
 @asynccontextmanager
