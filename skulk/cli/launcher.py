@@ -294,7 +294,6 @@ class _Launcher:
             meter,
             self._ledger,
             house.downloads,
-            house.shelf,
         )
         master = Master(
             bus,

@@ -15,7 +15,6 @@ import msgspec
 from skulk.cluster.reconcile import Wanted
 from skulk.errors import UnavailableError
 from skulk.models.catalogue import Catalogue, CatalogueEntry
-from skulk.models.shelf import Shelf
 from skulk.node.children import HeaderChecks
 from skulk.node.downloads import Downloads
 from skulk.node.hosting import Prepared, ProcessReport, lost_process
@@ -48,6 +47,7 @@ class LocalMachine:
 
     Args:
         ledger: where running children are written down, so that the next start can end leftovers.
+        downloads: brings weights that aren't here; None: nothing is fetched.
     """
 
     def __init__(
@@ -58,8 +58,7 @@ class LocalMachine:
         catalogue: Catalogue,
         meter: MachineMeter,
         ledger: Ledger | None,
-        downloads: Downloads,
-        shelf: Shelf,
+        downloads: Downloads | None = None,
     ) -> None:
         self._settings = settings
         self._node_id = node_id
@@ -68,17 +67,16 @@ class LocalMachine:
         self._meter = meter
         self._ledger = ledger
         self._downloads = downloads
-        self._shelf = shelf
         self._headers = HeaderChecks(ledger)
         self._hashing = asyncio.Lock()
 
     def has_weights(self, wanted: Wanted) -> bool:
         """Whether the model lies here with the pins of its card; a node that runs none refuses in `prepare`."""
-        card = wanted.instance.request.card
-        if self._settings.participation == "management" or self._downloads.has(card):
+        card, downloads = wanted.instance.request.card, self._downloads
+        if downloads is None or self._settings.participation == "management" or downloads.has(card):
             return True
         # no source is known: `prepare` says what is missing or broken, better than a download that can't be
-        return not self._downloads.can_fetch(card)
+        return not downloads.can_fetch(card)
 
     async def fetch(self, wanted: Wanted) -> None:
         """Has the weights come.
@@ -86,6 +84,7 @@ class LocalMachine:
         Raises:
             SkulkError: why they don't.
         """
+        assert self._downloads is not None, "`has_weights` says when there is nothing to fetch"
         await self._downloads.fetch(wanted.instance.request.card)
 
     async def prepare(self, wanted: Wanted) -> Prepared:
@@ -116,7 +115,8 @@ class LocalMachine:
 
         entry = self._catalogue.find(model_id)
         self._catalogue.verify(entry, on_block)
-        self._shelf.touch(model_id, time.time())
+        if self._downloads is not None:
+            self._downloads.shelf.touch(model_id, time.time())
         return entry
 
     async def facts(self, pids: dict[str, int]) -> Measured:
