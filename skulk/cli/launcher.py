@@ -328,7 +328,7 @@ class _Launcher:
             role=self._settings.participation,
             api=self._api,
             files=self._files,
-            hub=house.may_use_hub and self._settings.participation == "full",
+            hub=house.may_use_hub,
             downloads=house.downloads.statuses(),
         )
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Set
+from collections.abc import Awaitable, Callable, Mapping, Set
 from typing import Final
 
 import msgspec
@@ -306,13 +306,13 @@ class Downloads:
     async def _make_room(self, job: _Job) -> None:
         """Keeps the card, and evicts what the budget asks for; one at a time, so that two don't count on one room."""
         async with self._room:
-            gone = await asyncio.to_thread(self._evict, job)
+            fetching = {name: other.card for name, other in self._jobs.items() if other.is_running}
+            gone = await asyncio.to_thread(self._evict, job, fetching, self._in_use() | fetching.keys())
             if gone:
                 await self._on_change()
 
-    def _evict(self, job: _Job) -> tuple[str, ...]:
+    def _evict(self, job: _Job, fetching: Mapping[str, ModelCard], in_use: Set[str]) -> tuple[str, ...]:
         card = job.card
-        fetching = {name: other.card for name, other in self._jobs.items() if other.is_running}
         models = [
             OnDisk(
                 model_id=one.card.model_id,
@@ -330,7 +330,7 @@ class Downloads:
             models,
             needed_bytes=card.size_bytes,
             budget_bytes=self.rules.budget_bytes,
-            in_use=self._in_use() | fetching.keys(),
+            in_use=in_use,
         )
         for model_id in going:
             log.info("%s is removed: the disk budget is needed for %s", model_id, card.model_id)

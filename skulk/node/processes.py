@@ -6,7 +6,7 @@ import asyncio
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +25,7 @@ from skulk.supervision.child import ChildSpec, Ledger
 from skulk.supervision.restarts import GiveUp, RestartPolicy
 from skulk.supervision.supervisor import Crash, Supervised
 from skulk.wire.base import ErrorBody, encode
+from skulk.wire.model import ModelCard
 from skulk.wire.runner import RunnerLoad, RunnerSpec
 
 DRAIN_S: Final = 30.0
@@ -101,20 +102,23 @@ class LocalMachine:
         # one at a time: two would only share the disk, and a few would leave no thread for the beats
         async with self._hashing:
             try:
-                entry = await asyncio.to_thread(self._find, wanted.instance.model_id, is_cancelled)
+                entry = await asyncio.to_thread(self._find, wanted.instance.request.card, is_cancelled)
             finally:
                 is_cancelled.set()
         if entry.card.format == "gguf" and wanted.assignment.backend.startswith("llama_cpp"):
             await self._headers.check(entry.paths)
         return Prepared(path=str(entry.paths[0]))
 
-    def _find(self, model_id: str, is_cancelled: threading.Event) -> CatalogueEntry:
+    def _find(self, card: ModelCard, is_cancelled: threading.Event) -> CatalogueEntry:
+        model_id = card.model_id
+
         def on_block(_: int) -> None:
             if is_cancelled.is_set():
                 raise InterruptedError(f"the check of {model_id} is not needed any more")
 
         entry = self._catalogue.find(model_id)
-        self._catalogue.verify(entry, on_block)
+        digests = self._catalogue.verify(entry, on_block)
+        _check_pins(card, {file.name: digest for file, digest in zip(entry.card.all_files, digests, strict=True)})
         if self._downloads is not None:
             self._downloads.shelf.touch(model_id, time.time())
         return entry
@@ -167,6 +171,22 @@ class LocalMachine:
             log_format=settings.log_format,
             log_level=settings.log_level,
         )
+
+
+def _check_pins(card: ModelCard, here: Mapping[str, str]) -> None:
+    """Whether the files here are those that the placement means: another revision has the same names.
+
+    Raises:
+        UnavailableError: ``refused_by_node``.
+    """
+    for file in card.files:
+        own = here.get(file.name)
+        if own is not None and file.sha256 is not None and own != file.sha256:
+            raise UnavailableError(
+                "refused_by_node",
+                f"{file.name} of {card.model_id} lies here with the sha256 {own}, the placement pins {file.sha256}; "
+                "'skulk remove' it here, or place the model anew",
+            )
 
 
 class SupervisedRunner:

@@ -21,7 +21,7 @@ MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct-GGUF"
 MARK = "TEST_OF_HOME"
 START_S = 60.0
 STOP_S = 30.0
-FREE_PORTS = ("--api-port", "0", "--nats-port", "0", "--route-port", "0")
+FREE_PORTS = ("--api-port", "0", "--nats-port", "0", "--route-port", "0", "--files-port", "0")
 
 
 def environment(home: Path) -> dict[str, str]:
