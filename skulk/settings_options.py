@@ -313,7 +313,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
         "the most disk that fetched models may take; the least recently used ones go; 0: no limit",
     ),
     _option("foreign_caches", "SKULK_NO_FOREIGN_CACHES", NEGATED, "don't look at the models of Ollama and LM Studio"),
-    _option("ollama_models", "OLLAMA_MODELS", TEXT, "Ollama's store (default: ~/.ollama/models)"),
+    _option("ollama_models", "SKULK_OLLAMA_MODELS", TEXT, "Ollama's store (default: ~/.ollama/models)"),
 )
 
 BY_FIELD: Final = {option.field: option for option in OPTIONS}

@@ -28,19 +28,22 @@ from skulk.cli.mesh import Mesh, known_at_start, routes_of
 from skulk.cli.nats_settings import server_config
 from skulk.cli.node_file import NodeFile, remove_node_file, write_node_file
 from skulk.clock import Clock, SystemClock
-from skulk.errors import SkulkError, StartError, error_of
+from skulk.errors import RequestError, SkulkError, StartError, error_of
 from skulk.gateway.masters import Masters
 from skulk.ids import new_id, new_incarnation
 from skulk.master.master import Master
 from skulk.master.upkeep import Rules
 from skulk.models.catalogue import Catalogue
+from skulk.models.reference import is_reference
+from skulk.models.tasks import ResolveTask
+from skulk.node.children import HubChildren
 from skulk.node.hosting import Hosting
 from skulk.node.identity import NodeIdentity, load_identity
 from skulk.node.measuring import MachineMeter
 from skulk.node.node import Node, NodeRoles
 from skulk.node.processes import BusAddress, LocalMachine
 from skulk.node.storage import StateFile, load_state
-from skulk.node.storehouse import CatalogueFolders, Storehouse
+from skulk.node.storehouse import CatalogueFolders, Storehouse, why_no_hub
 from skulk.settings import Settings
 from skulk.supervision.child import Child, ChildSpec, Ready
 from skulk.supervision.home import ChildLedger, HomeLock, reap_leftovers
@@ -51,6 +54,7 @@ from skulk.supervision.supervisor import Supervised
 from skulk.wire.base import encode
 from skulk.wire.commands import PlacementReply, PlaceModel
 from skulk.wire.gateway import GatewaySpec
+from skulk.wire.model import ModelCard
 from skulk.wire.placement import PlacementRequest
 
 log = logging.getLogger("skulk.launcher")
@@ -121,7 +125,7 @@ async def launch(settings: Settings) -> AsyncGenerator[Running]:
 
     Raises:
         StartError: ``home_in_use``, ``port_in_use``, ``nats_server_missing``, ``config_invalid``, …: one sentence each.
-        RequestError: ``model_not_found``, for a model to place that nobody knows.
+        RequestError: ``model_not_found``, for a model to place that neither this node nor the hub knows.
     """
     clock = SystemClock()
     home = Path(settings.home)
@@ -131,11 +135,25 @@ async def launch(settings: Settings) -> AsyncGenerator[Running]:
         identity = load_identity(home)
         running = Running(settings, identity)
         catalogue = await asyncio.to_thread(_catalogue, settings)
-        requests = tuple(PlacementRequest(card=catalogue.find(model_id).card) for model_id in settings.place)
+        cards = [await _card_of(settings, catalogue, model_id) for model_id in settings.place]
         launcher = _Launcher(settings, clock, identity, catalogue, running, stack)
         await launcher.start()
-        running.placed = tuple([await launcher.ensure(request) for request in requests])
+        running.placed = tuple([await launcher.ensure(PlacementRequest(card=card)) for card in cards])
         yield running
+
+
+async def _card_of(settings: Settings, catalogue: Catalogue, model_id: str) -> ModelCard:
+    """A model to place: what lies here, else what the hub says of the name.
+
+    Raises:
+        SkulkError: ``model_not_found``; what the hub answered.
+    """
+    try:
+        return catalogue.find(model_id).card
+    except RequestError as error:
+        if error.code != "model_not_found" or not is_reference(model_id) or why_no_hub(settings):
+            raise
+    return await HubChildren(settings, None).ask(ResolveTask(name=model_id), ModelCard)
 
 
 def shown_url(url: str) -> str:
@@ -298,7 +316,6 @@ class _Launcher:
             meter,
             self._ledger,
             house.downloads,
-            house.shelf,
         )
         master = Master(
             bus,
@@ -337,7 +354,7 @@ class _Launcher:
             routes=routes,
             api=self._api,
             files=self._files,
-            hub=house.may_use_hub and self._settings.participation == "full",
+            hub=house.may_use_hub,
             downloads=house.downloads.statuses(),
         )
 

@@ -16,8 +16,8 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Final
 
@@ -137,13 +137,21 @@ class Fetch:
             tasks = [pool.submit(self._fetch, file, listings) for file in files]
             done, left = wait(tasks, return_when=FIRST_EXCEPTION)
             if any(task.exception() is not None for task in done):
-                self._stop.set()
-                for task in left:
-                    task.cancel()
+                self._end(left)
         failures = [error for task in tasks if not task.cancelled() and (error := task.exception()) is not None]
         if failures:
-            raise next((error for error in failures if isinstance(error, SkulkError)), failures[0])
+            # what the others were ended with is no reason
+            raise next((error for error in failures if getattr(error, "code", "") != "download_cancelled"), failures[0])
         return tuple(task.result() for task in tasks)
+
+    def _end(self, tasks: Iterable[Future[ModelFile]]) -> None:
+        """One file failed: the others end at their next block."""
+        self._stop.set()
+        for task in tasks:
+            task.cancel()
+        with self._lock:
+            for part in self._open.values():
+                part.abandon()
 
     def _listings(self) -> dict[str, dict[str, ModelFile]]:
         """What each neighbour has of the model, by its name."""

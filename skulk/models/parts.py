@@ -19,6 +19,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, TypeAlias
 
+from skulk.errors import RequestError
 from skulk.files import disk_full_error, is_disk_full
 from skulk.wire.model import ModelFile
 
@@ -65,6 +66,7 @@ class PartFile:
         self._marks_path = folder / f"{key}.done"
         self._lock = threading.Lock()
         self._claimed: set[int] = set()
+        self._is_abandoned = False
         with _told(self.path):
             self._file = _open_locked(self.path)
             self._done = self._read_marks()
@@ -126,12 +128,19 @@ class PartFile:
         with self._lock:
             return self._done[index] == 1
 
+    def abandon(self) -> None:
+        """Ends every writer at its next block: what they fetch isn't wanted any more."""
+        self._is_abandoned = True
+
     def write(self, position: int, block: bytes | bytearray | memoryview) -> None:
         """Writes bytes at their place; marks nothing.
 
         Raises:
             ServiceError: ``disk_full``.
+            RequestError: ``download_cancelled``: `abandon` was called.
         """
+        if self._is_abandoned:
+            raise RequestError("download_cancelled", "the download was ended.")
         view = memoryview(block)
         assert position + len(view) <= self.size_bytes
         with _told(self.path):

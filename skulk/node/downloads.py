@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Set
+from collections.abc import Awaitable, Callable, Mapping, Set
 from typing import Final
 
 import msgspec
@@ -108,7 +108,7 @@ class Downloads:
         in_use: Callable[[], Set[str]],
         on_change: Callable[[], Awaitable[None]],
     ) -> None:
-        self._shelf = shelf
+        self.shelf: Final = shelf
         self._catalogue = catalogue
         self._tasks = tasks
         self._clock = clock
@@ -180,8 +180,8 @@ class Downloads:
         """
         job = self._job(card)
         if job is None:
-            if pinned is not None and self._shelf.find(card.model_id) is not None:
-                self._shelf.keep(card, self._clock.wall(), pinned=pinned)
+            if pinned is not None and self.shelf.find(card.model_id) is not None:
+                self.shelf.keep(card, self._clock.wall(), pinned=pinned)
             return _whole(card, self._clock.wall())
         job.is_asked = True
         job.pinned = job.pinned if pinned is None else pinned
@@ -223,7 +223,7 @@ class Downloads:
     def forget(self, card: ModelCard) -> int:
         """Drops what came of a model that isn't fetched now; returns the bytes freed."""
         self._jobs.pop(card.model_id, None)
-        return self._shelf.drop_parts(part_key(card.model_id, file) for file in card.all_files)
+        return self.shelf.drop_parts(part_key(card.model_id, file) for file in card.all_files)
 
     def _job(self, card: ModelCard) -> _Job | None:
         """The running job of a model, begun now if need be; None: it is here."""
@@ -233,7 +233,7 @@ class Downloads:
         if self.has(card):
             self._jobs.pop(card.model_id, None)
             return None
-        self._shelf.place_of(card)
+        self.shelf.place_of(card)
         if self._group is None or len(self._jobs) >= MAX_JOBS:
             raise ServiceError("download_failed", "this node takes no more downloads now; try again later.")
         status = DownloadStatus(
@@ -281,8 +281,8 @@ class Downloads:
         await self._make_room(job)
         task = FetchTask(
             card=card,
-            folder=str(self._shelf.place_of(card)),
-            parts=str(self._shelf.parts),
+            folder=str(self.shelf.place_of(card)),
+            parts=str(self.shelf.parts),
             neighbours=self._neighbours(card),
             no_hub=self.rules.no_hub,
             limits=self.rules.limits,
@@ -296,9 +296,9 @@ class Downloads:
 
     def _take_in(self, job: _Job, whole: ModelCard) -> None:
         """Keeps the card with all hashes, so that nothing is hashed again."""
-        self._shelf.keep(whole, self._clock.wall(), pinned=job.pinned)
-        self._shelf.touch(whole.model_id, self._clock.wall())
-        for file, path in zip(whole.all_files, self._shelf.files_of(whole), strict=True):
+        self.shelf.keep(whole, self._clock.wall(), pinned=job.pinned)
+        self.shelf.touch(whole.model_id, self._clock.wall())
+        for file, path in zip(whole.all_files, self.shelf.files_of(whole), strict=True):
             assert file.sha256 is not None
             self._catalogue.note_verified(path, file.sha256)
         self._catalogue.rescan()
@@ -306,36 +306,36 @@ class Downloads:
     async def _make_room(self, job: _Job) -> None:
         """Keeps the card, and evicts what the budget asks for; one at a time, so that two don't count on one room."""
         async with self._room:
-            gone = await asyncio.to_thread(self._evict, job)
+            fetching = {name: other.card for name, other in self._jobs.items() if other.is_running}
+            gone = await asyncio.to_thread(self._evict, job, fetching, self._in_use() | fetching.keys())
             if gone:
                 await self._on_change()
 
-    def _evict(self, job: _Job) -> tuple[str, ...]:
+    def _evict(self, job: _Job, fetching: Mapping[str, ModelCard], in_use: Set[str]) -> tuple[str, ...]:
         card = job.card
-        fetching = {name: other.card for name, other in self._jobs.items() if other.is_running}
         models = [
             OnDisk(
                 model_id=one.card.model_id,
                 # what is on its way has its room already
                 held_bytes=max(
-                    self._shelf.held_bytes(one.card), one.card.size_bytes if one.card.model_id in fetching else 0
+                    self.shelf.held_bytes(one.card), one.card.size_bytes if one.card.model_id in fetching else 0
                 ),
                 used_at=one.used_at,
                 is_kept=one.pinned,
             )
-            for one in self._shelf.all()
+            for one in self.shelf.all()
             if one.card.model_id != card.model_id
         ]
         going = evictions(
             models,
             needed_bytes=card.size_bytes,
             budget_bytes=self.rules.budget_bytes,
-            in_use=self._in_use() | fetching.keys(),
+            in_use=in_use,
         )
         for model_id in going:
             log.info("%s is removed: the disk budget is needed for %s", model_id, card.model_id)
-            self._shelf.remove(model_id)
-        self._shelf.keep(card, self._clock.wall(), pinned=job.pinned)
+            self.shelf.remove(model_id)
+        self.shelf.keep(card, self._clock.wall(), pinned=job.pinned)
         if going:
             self._catalogue.rescan()
         return going

@@ -6,7 +6,7 @@ import asyncio
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -15,7 +15,6 @@ import msgspec
 from skulk.cluster.reconcile import Wanted
 from skulk.errors import UnavailableError
 from skulk.models.catalogue import Catalogue, CatalogueEntry
-from skulk.models.shelf import Shelf
 from skulk.node.children import HeaderChecks
 from skulk.node.downloads import Downloads
 from skulk.node.hosting import Prepared, ProcessReport, lost_process
@@ -26,6 +25,7 @@ from skulk.supervision.child import ChildSpec, Ledger
 from skulk.supervision.restarts import GiveUp, RestartPolicy
 from skulk.supervision.supervisor import Crash, Supervised
 from skulk.wire.base import ErrorBody, encode
+from skulk.wire.model import ModelCard
 from skulk.wire.runner import RunnerLoad, RunnerSpec
 
 DRAIN_S: Final = 30.0
@@ -48,6 +48,7 @@ class LocalMachine:
 
     Args:
         ledger: where running children are written down, so that the next start can end leftovers.
+        downloads: brings weights that aren't here; None: nothing is fetched.
     """
 
     def __init__(
@@ -58,8 +59,7 @@ class LocalMachine:
         catalogue: Catalogue,
         meter: MachineMeter,
         ledger: Ledger | None,
-        downloads: Downloads,
-        shelf: Shelf,
+        downloads: Downloads | None = None,
     ) -> None:
         self._settings = settings
         self._node_id = node_id
@@ -68,17 +68,16 @@ class LocalMachine:
         self._meter = meter
         self._ledger = ledger
         self._downloads = downloads
-        self._shelf = shelf
         self._headers = HeaderChecks(ledger)
         self._hashing = asyncio.Lock()
 
     def has_weights(self, wanted: Wanted) -> bool:
         """Whether the model lies here with the pins of its card; a node that runs none refuses in `prepare`."""
-        card = wanted.instance.request.card
-        if self._settings.participation == "management" or self._downloads.has(card):
+        card, downloads = wanted.instance.request.card, self._downloads
+        if downloads is None or self._settings.participation == "management" or downloads.has(card):
             return True
         # no source is known: `prepare` says what is missing or broken, better than a download that can't be
-        return not self._downloads.can_fetch(card)
+        return not downloads.can_fetch(card)
 
     async def fetch(self, wanted: Wanted) -> None:
         """Has the weights come.
@@ -86,6 +85,7 @@ class LocalMachine:
         Raises:
             SkulkError: why they don't.
         """
+        assert self._downloads is not None, "`has_weights` says when there is nothing to fetch"
         await self._downloads.fetch(wanted.instance.request.card)
 
     async def prepare(self, wanted: Wanted) -> Prepared:
@@ -102,21 +102,25 @@ class LocalMachine:
         # one at a time: two would only share the disk, and a few would leave no thread for the beats
         async with self._hashing:
             try:
-                entry = await asyncio.to_thread(self._find, wanted.instance.model_id, is_cancelled)
+                entry = await asyncio.to_thread(self._find, wanted.instance.request.card, is_cancelled)
             finally:
                 is_cancelled.set()
         if entry.card.format == "gguf" and wanted.assignment.backend.startswith("llama_cpp"):
             await self._headers.check(entry.paths)
         return Prepared(path=str(entry.paths[0]))
 
-    def _find(self, model_id: str, is_cancelled: threading.Event) -> CatalogueEntry:
+    def _find(self, card: ModelCard, is_cancelled: threading.Event) -> CatalogueEntry:
+        model_id = card.model_id
+
         def on_block(_: int) -> None:
             if is_cancelled.is_set():
                 raise InterruptedError(f"the check of {model_id} is not needed any more")
 
         entry = self._catalogue.find(model_id)
-        self._catalogue.verify(entry, on_block)
-        self._shelf.touch(model_id, time.time())
+        digests = self._catalogue.verify(entry, on_block)
+        _check_pins(card, {file.name: digest for file, digest in zip(entry.card.all_files, digests, strict=True)})
+        if self._downloads is not None:
+            self._downloads.shelf.touch(model_id, time.time())
         return entry
 
     async def facts(self, pids: dict[str, int]) -> Measured:
@@ -168,6 +172,22 @@ class LocalMachine:
             log_format=settings.log_format,
             log_level=settings.log_level,
         )
+
+
+def _check_pins(card: ModelCard, here: Mapping[str, str]) -> None:
+    """Whether the files here are those that the placement means: another revision has the same names.
+
+    Raises:
+        UnavailableError: ``refused_by_node``.
+    """
+    for file in card.files:
+        own = here.get(file.name)
+        if own is not None and file.sha256 is not None and own != file.sha256:
+            raise UnavailableError(
+                "refused_by_node",
+                f"{file.name} of {card.model_id} lies here with the sha256 {own}, the placement pins {file.sha256}; "
+                "'skulk remove' it here, or place the model anew",
+            )
 
 
 class SupervisedRunner:

@@ -19,7 +19,7 @@ from skulk.node.children import HeaderChecks
 from skulk.node.downloads import Rate, Rules
 from skulk.wire.model import ModelCard
 from skulk.wire.store import FoundModels
-from tests.support.downloading import downloading_node, hub_children, wait_for_children
+from tests.support.downloading import downloading_node, hub_children, serving_files, wait_for_children
 from tests.support.gguf import TENSORS, Tensor, gguf_bytes, llama_metadata, write_model
 from tests.support.hub import SmallHub
 
@@ -142,6 +142,23 @@ async def test_offline_nothing_is_asked_and_the_reason_is_said(small_hub: SmallH
         assert not node.downloads.can_fetch(card)
         with pytest.raises(UnavailableError, match="this node is offline"):
             await node.downloads.fetch(card)
+    assert len(small_hub.seen) == calls
+
+
+async def test_a_node_that_never_saw_the_internet_gets_the_model_from_one_that_did(
+    small_hub: SmallHub, tmp_path: Path
+) -> None:
+    async with downloading_node(tmp_path / "a", small_hub.url) as first:
+        card = await resolved(small_hub, REPO)
+        await first.downloads.fetch(card)
+    calls = len(small_hub.seen)
+    blocked = Rules(no_hub="the hub is blocked here")
+    async with serving_files(tmp_path / "a" / "models", token="s3cret") as neighbour:
+        async with downloading_node(tmp_path / "b", "", rules=blocked, neighbours=(neighbour,)) as second:
+            assert second.downloads.can_fetch(card)
+            await second.downloads.fetch(card)
+            entry = second.catalogue.find(REPO)
+            assert second.catalogue.is_verified(entry) and entry.card.revision == card.revision
     assert len(small_hub.seen) == calls
 
 

@@ -21,7 +21,8 @@ FILE = "smol.Q4_1.gguf"
 def small_hub() -> Iterator[SmallHub]:
     with SmallHub() as hub:
         hub.block_bytes = 1024 * 1024
-        hub.add(REPO, {FILE: embedded_model().read_bytes(), "README.md": b"x"})
+        body = embedded_model().read_bytes()
+        hub.add(REPO, {FILE: body, "smol.Q8_0.gguf": body, "README.md": b"x"})
         hub.add("org/gated", {"m-Q4_0.gguf": b"GGUF" + bytes(5000)}).gated = True
         yield hub
 
@@ -30,7 +31,7 @@ def small_hub() -> Iterator[SmallHub]:
 async def node(small_hub: SmallHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[WholeNode]:
     monkeypatch.setenv("HF_ENDPOINT", small_hub.url)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    async with whole_node(tmp_path) as running:
+    async with whole_node(tmp_path, "--place", REPO) as running:
         yield running
 
 
@@ -48,53 +49,60 @@ def downloads_of(state: dict[str, Any]) -> dict[str, str]:
     return found
 
 
+def is_ready(state: dict[str, Any]) -> bool:
+    return any("RunnerReady" in runner for runner in state["runners"].values())
+
+
 async def test_a_model_that_nobody_has_is_placed_fetched_served_verified_and_removed(
     node: WholeNode, small_hub: SmallHub
 ) -> None:
-    status, told = await node.call("GET", f"/instance/previews?model_id={REPO}")
-    assert status == 200, told
-    (report,) = told["decision"]["reports"]
-    assert report["filter"] is None and report["score"]["weights"] == 0
-    # the header alone was read for that
-    assert small_hub.sent_bytes < 16 * 1024 * 1024
-    status, placed = await node.call("POST", "/place_instance", {"model_id": REPO})
-    assert status == 200, placed
     await node.wait_state(lambda state: REPO in downloads_of(state))
-    await node.wait_state(lambda state: any("RunnerReady" in runner for runner in state["runners"].values()), 90.0)
-    assert downloads_of(await node.state())[REPO] == "DownloadCompleted"
+    state = await node.wait_state(is_ready, 90.0)
+    assert downloads_of(state)[REPO] == "DownloadCompleted"
+    (instance_id,) = state["instances"]
     body = {"model": REPO, "messages": [{"role": "user", "content": "Say hi."}], "max_tokens": 4}
     status, answer = await node.call("POST", "/v1/chat/completions", body)
     assert status == 200 and answer["choices"][0]["message"]["content"]
     status, models = await node.call("GET", "/v1/models")
     assert models["data"][0]["id"] == REPO and models["data"][0]["state"] == "ready"
 
+    await nothing_whole_comes_twice(node, small_hub)
+    await refusals_have_their_codes(node)
+
     status, refused = await node.call("DELETE", f"/store/models/{REPO}")
     assert (status, refused["error"]["code"]) == (400, "model_in_use")
-    status, _ = await node.call("DELETE", f"/instance/{placed['instance_id']}")
+    status, _ = await node.call("DELETE", f"/instance/{instance_id}")
     assert status == 200
-    assert [entry["model_id"] for entry in (await node.call("GET", "/store/registry"))[1]["entries"]].count(REPO) == 1
-
     verified = await cli(node, "verify", REPO)
     assert (verified.returncode, "whole, as its card pins it" in verified.stdout) == (0, True), verified
-    again = await cli(node, "pull", REPO)
-    assert (again.returncode, "is on" in again.stdout) == (0, True), again
     removed = await cli(node, "remove", REPO)
     assert (removed.returncode, "freed" in removed.stdout) == (0, True), removed
     assert not (node.home / "models" / "org").exists()
 
 
-async def test_what_cannot_be_fetched_is_said_by_its_own_code(node: WholeNode) -> None:
+async def nothing_whole_comes_twice(node: WholeNode, small_hub: SmallHub) -> None:
+    """The same quantization by its whole name is what lies there already."""
+    name, before = f"{REPO}:Q4_1", small_hub.sent_bytes
+    status, told = await node.call("GET", f"/instance/previews?model_id={name}")
+    assert status == 200, told
+    (report,) = told["decision"]["reports"]
+    assert report["score"]["weights"] == 1
+    pulled = await cli(node, "pull", name)
+    assert (pulled.returncode, "is on" in pulled.stdout) == (0, True), pulled
+    assert small_hub.sent_bytes == before
+    # another quantization is another model; what it needs is known from its header alone
+    status, told = await node.call("GET", f"/instance/previews?model_id={REPO}:Q8_0")
+    assert status == 200, told
+    (report,) = told["decision"]["reports"]
+    assert report["score"]["weights"] == 0 and report["memory"]["weights_bytes"] > 0
+    assert small_hub.sent_bytes - before < 32 * 1024 * 1024
+
+
+async def refusals_have_their_codes(node: WholeNode) -> None:
     status, told = await node.call("POST", "/place_instance", {"model_id": "org/gated"})
     assert (status, told["error"]["code"]) == (403, "model_gated")
     status, told = await node.call("POST", "/place_instance", {"model_id": "org/missing"})
-    assert (status, told["error"]["code"], "/models/search" in told["error"]["message"]) == (
-        404,
-        "model_not_found",
-        True,
-    )
-    status, told = await node.call("GET", "/models/search?query=smol")
-    assert status == 200 and REPO in [entry["id"] for entry in told["data"]]
-    status, added = await node.call("POST", "/models/add", {"model_id": REPO})
-    assert status == 200 and added["state"] == "available", added
-    status, known = await node.call("GET", f"/v1/models/{REPO}")
-    assert status == 200 and known["context_length"] == 8192
+    assert (status, told["error"]["code"]) == (404, "model_not_found")
+    assert "/models/search" in told["error"]["message"]
+    status, told = await node.call("GET", "/models/search?query=gated")
+    assert status == 200 and "org/gated" in [entry["id"] for entry in told["data"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,11 +12,15 @@ import psutil
 
 from skulk.clock import SystemClock
 from skulk.models.catalogue import Catalogue
+from skulk.models.file_server import files_credential
 from skulk.models.shelf import Shelf
 from skulk.models.sources import Neighbour
 from skulk.node.children import HubChildren
 from skulk.node.downloads import Downloads, Rules
+from skulk.node.files_process import FilesSpec
 from skulk.settings import Settings
+from skulk.supervision.child import Child, ChildSpec
+from skulk.wire.base import encode
 from skulk.wire.store import DownloadStatus
 
 
@@ -75,6 +80,27 @@ async def wait_for_children(timeout_s: float = 30.0) -> list[psutil.Process]:
             if found := hub_children():
                 return found
             await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def serving_files(models_dir: Path, *, token: str = "") -> AsyncGenerator[Neighbour]:
+    """The process by which a node serves its weights, on a free port."""
+    credential = files_credential(token)
+    spec = FilesSpec(
+        host="127.0.0.1",
+        port=0,
+        models_dir=str(models_dir),
+        verified_file=str(models_dir.parent / "verified-files.json"),
+        credential=credential,
+    )
+    argv = (sys.executable, "-m", "skulk", "_files")
+    child = Child(ChildSpec(name="files", argv=argv, stdin=encode(spec), drain_s=2.0))
+    ready = await child.start()
+    try:
+        yield Neighbour(url=f"http://127.0.0.1:{ready.fields['port']}", credential=credential)
+    finally:
+        report = await child.stop()
+        assert report.returncode == 0, report.last_words
 
 
 @asynccontextmanager

@@ -22,7 +22,7 @@ MARK = "TEST_OF_HOME"
 START_S = 60.0
 READY_S = 60.0
 STOP_S = 30.0
-FREE_PORTS = ("--api-port", "0", "--nats-port", "0", "--route-port", "0")
+FREE_PORTS = ("--api-port", "0", "--nats-port", "0", "--route-port", "0", "--files-port", "0")
 # Small steps and few cells: a warm-up of 512 tokens takes 5 s of a core, and cells are zeroed at the load. One thread:
 # two nodes with two threads each on two cores hold each other up.
 SMALL_ENGINE = {

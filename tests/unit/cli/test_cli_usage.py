@@ -49,7 +49,9 @@ def test_every_command_has_a_module_and_help(call: Call):
         ["place", "m", "--context", "many"],
         ["rm"],
         ["up", "--api", "http://x"],
-        ["pull", "m"],
+        ["pull"],
+        ["pull", "m", "--pin", "--unpin"],
+        ["bench", "m"],
     ],
 )
 def test_wrong_usage_is_status_2(words: list[str], call: Call):

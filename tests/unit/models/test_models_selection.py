@@ -118,6 +118,14 @@ def test_what_is_never_fetched(name: str) -> None:
     assert not is_wanted_kind(name)
 
 
+def chosen_or_refused(names: list[str], quantization: str) -> tuple[Selection | None, str]:
+    """What is chosen, or the code of the refusal."""
+    try:
+        return chosen(*names, quantization=quantization), ""
+    except RequestError as error:
+        return None, error.code
+
+
 PIECES = st.sampled_from(["m", "mmproj", "Q4_K_M", "Q8_0", "UD", "MXFP4", "00001-of-00002", "00002-of-00002", "F16"])
 
 
@@ -126,13 +134,9 @@ PIECES = st.sampled_from(["m", "mmproj", "Q4_K_M", "Q8_0", "UD", "MXFP4", "00001
     quantization=st.sampled_from(["", "Q4_K_M", "Q8_0"]),
 )
 def test_whatever_is_listed_one_whole_quantization_comes_out_or_a_refusal(names: list[str], quantization: str) -> None:
-    refusal: RequestError | None = None
-    try:
-        found = chosen(*names, quantization=quantization)
-    except RequestError as error:
-        refusal = error
-    if refusal is not None:
-        assert refusal.code in ("quantization_not_found", "model_file_invalid")
+    found, refusal = chosen_or_refused(names, quantization)
+    if found is None:
+        assert refusal in ("quantization_not_found", "model_file_invalid")
         return
     assert found.weights and set(names_of(found)) <= set(names)
     assert len(set(names_of(found))) == len(found.weights)

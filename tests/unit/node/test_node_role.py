@@ -20,7 +20,9 @@ from skulk.node.measuring import MachineMeter
 from skulk.node.processes import BusAddress, LocalMachine
 from skulk.node.storage import StateFile, load_state
 from skulk.settings import Settings
+from skulk.wire.model import ModelFile
 from tests.support.control_plane import FakeMachine, FakeNode, running_node
+from tests.support.gguf import write_model
 from tests.support.states import assignment, instance, state_of
 
 
@@ -173,3 +175,17 @@ async def test_a_check_that_is_not_needed_any_more_ends_its_thread(tmp_path: Pat
     await asyncio.wait({preparing})
     go_on.set()
     assert await asyncio.to_thread(ended.wait, 2.0)
+
+
+async def test_other_bytes_under_the_same_name_are_not_loaded_for_a_placement_that_pins_them(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "models" / "org" / "model" / "model.gguf")
+    catalogue = Catalogue(tmp_path / "models", verified_file=tmp_path / "verified.json")
+    catalogue.rescan()
+    pinned = ModelFile(name="model.gguf", size_bytes=path.stat().st_size, sha256="0" * 64)
+    card = msgspec.structs.replace(WANTED.instance.request.card, files=(pinned,))
+    request = msgspec.structs.replace(WANTED.instance.request, card=card)
+    wanted = Wanted(instance=msgspec.structs.replace(WANTED.instance, request=request), assignment=WANTED.assignment)
+    with pytest.raises(UnavailableError, match="the placement pins 0000") as caught:
+        await machine_of(tmp_path, catalogue).prepare(wanted)
+    assert caught.value.code == "refused_by_node"
+    assert (await machine_of(tmp_path, catalogue).prepare(WANTED)).path == str(path)
