@@ -12,10 +12,10 @@ FLOOR ?= 0
 UP    ?= --local --place $(MODEL) --greet
 
 .DEFAULT_GOAL := help
-.PHONY: help up setup dev test lint format coverage lock clean python
+.PHONY: help up setup dev test test-engine lint format coverage lock clean python
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 up: setup ## set up, start a node on this machine, let the model answer once, go on serving (Ctrl-C ends it)
 	@exec $(BIN)/skulk up $(UP)
@@ -28,6 +28,9 @@ dev: python ## set up what developing needs, in .venv
 
 test: dev ## run every test suite (SUITES="unit contract" chooses), each within its share of the time
 	@$(BIN)/python tools/run_suites.py $(SUITES)
+
+test-engine: dev ## compare the engine's answers with and without reuse on the whole model (minutes; no part of `test`)
+	@$(BIN)/python -m pytest -q tests/exhaustive
 
 lint: dev ## check style, format, types, imports and tidiness
 	$(BIN)/ruff check

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from skulk.engines.llama_cpp.native import library
 from skulk.errors import ServiceError
 from tests.support.engine_play import EnginePlay, asked, assert_alike, logits_of, play_alone
 from tests.support.engines import GREEDY, load_small
-from tests.support.reuse_cases import ALL_CASES, CELLS, LAYOUTS, SLOTS, WINDOW, Cases, run_case
+from tests.support.loaded import LoadedEngines
+from tests.support.reuse_cases import ALL_CASES, CELLS, LAYOUTS, SETTINGS, Cases, run_case
 from tests.support.tiny_models import ARCHITECTURES, VOCABULARY, write_tiny
 
 CLOSE = 0.1
@@ -25,7 +26,7 @@ CLOSE = 0.1
 FAR = 0.5
 WORDS = tuple((index * 37 + index * index * 5) % (VOCABULARY - 5) + 5 for index in range(541))
 ENGINES = tuple((name, layout) for name in ARCHITECTURES for layout in LAYOUTS)
-LONG = ("preempted", "cancelled_aside")
+LONG = ("preempted", "recomputed", "cancelled_aside")
 SHARED = tuple((name, "unified") for name in ARCHITECTURES)
 
 
@@ -34,26 +35,21 @@ def name_of(value: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, str], LlamaCppEngine]]:
-    """Each is loaded once, when it is asked for."""
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("tiny")
-    made: dict[tuple[str, str], LlamaCppEngine] = {}
+    return {name: write_tiny(folder / f"{name}.gguf", name) for name in ARCHITECTURES}
 
-    def engine_of(architecture: str, layout: str) -> LlamaCppEngine:
-        if (architecture, layout) not in made:
-            path = write_tiny(folder / f"{architecture}.gguf", architecture)
-            loaded = load_small(path, n_parallel=SLOTS, context_length=WINDOW, kv_cells=CELLS[layout])
-            made[architecture, layout] = loaded
-        return made[architecture, layout]
 
-    yield engine_of
-    for engine in made.values():
-        engine.close()
+@pytest.fixture(scope="module")
+def engines() -> Iterator[LoadedEngines]:
+    with LoadedEngines() as engines:
+        yield engines
 
 
 @pytest.fixture
-def engine(request: pytest.FixtureRequest, engines: Callable[[str, str], LlamaCppEngine]) -> LlamaCppEngine:
-    return engines(*request.param)
+def engine(request: pytest.FixtureRequest, engines: LoadedEngines, files: dict[str, Path]) -> LlamaCppEngine:
+    architecture, layout = request.param
+    return engines.get(files[architecture], kv_cells=CELLS[layout], **SETTINGS)
 
 
 @pytest.mark.parametrize("engine", ENGINES, indirect=True, ids=name_of)
