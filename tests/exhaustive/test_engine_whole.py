@@ -1,4 +1,4 @@
-"""What `tests/integration` shows on the model's first layers, on all of them: `make test-engine`, some minutes."""
+"""What `tests/integration` shows on the model's first layers, on all of them: `make test-engine`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tests.support.many_streams import CELLS as MANY_CELLS
 from tests.support.many_streams import STREAMS, WINDOW, compare_streams
 from tests.support.real_models import exact_copy, story
 from tests.support.reuse_cases import ALL_CASES, CELLS, EXACT, SETTINGS, Cases, run_case
+from tests.support.tiny_models import ARCHITECTURES, story_of_numbers, write_tiny
 
 LAYOUTS = tuple(MANY_CELLS)
 MANY = {"n_parallel": STREAMS, "context_length": WINDOW}
@@ -57,3 +58,15 @@ def test_what_is_reused_with_exact_weights(engines: LoadedEngines, layout: str, 
 def test_what_is_reused_quantised(engines: LoadedEngines, layout: str, case: str) -> None:
     engine = engines.get(embedded_model(), kv_cells=CELLS[layout], **SETTINGS)
     run_case(Cases(engine, story(engine.tokens_of), close=float("inf"), gap=0.5), case)
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize(("architecture", "layout"), [(name, layout) for name in ARCHITECTURES for layout in LAYOUTS])
+def test_random_arrivals(
+    engines: LoadedEngines, tmp_path_factory: pytest.TempPathFactory, architecture: str, layout: str, seed: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / f"{architecture}.gguf"
+    if not path.exists():
+        write_tiny(path, architecture)
+    engine = engines.get(path, kv_cells=CELLS[layout], **SETTINGS)
+    Cases(engine, story_of_numbers(), close=0.1, gap=0.1).at_random(seed)

@@ -5,6 +5,7 @@ The engine has four slots and windows of 256 tokens, in streams or with 512 cell
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -42,7 +43,7 @@ class Cases:
         distinct = sorted(set(self.words))
         place = start * 37 % len(self.words)
         turned = self.words[place:] + self.words[:place]
-        return (distinct[start % len(distinct)], *turned[: count - 1])
+        return (distinct[start % len(distinct)], *turned)[:count]
 
     def compare(self, played: EnginePlay, *requests: BatchRequest) -> None:
         alone = play_alone(self.engine, *requests)
@@ -190,6 +191,46 @@ class Cases:
         assert (played.state.parked, self.engine._aside) == ((), {})
         played.end("a")
         played.end("b")
+
+    def at_random(self, seed: int) -> None:
+        """Arrivals, cancels, beginnings in common, little or no host memory: whoever ends says what it says alone."""
+        draw = random.Random(seed)
+        play = EnginePlay(self.engine, park_bytes=draw.choice((0, self._bytes_of(200), PARK_BYTES)))
+        play.idle_limit = draw.choice((None, 0, 150))
+        requests = {name: self._any_request(draw, name) for name in "abcdefgh"}
+        comes = {name: draw.randrange(40) for name in requests}
+        goes = {name: comes[name] + draw.randrange(40) for name in draw.sample(sorted(requests), 2)}
+        for step in range(80):
+            play.add(*(requests[name] for name in requests if comes[name] == step))
+            for name, at in goes.items():
+                if at == step:
+                    play.end(name)
+            if not play.state.is_idle:
+                play.step()
+        play.play()
+        for name, request in requests.items():
+            assert play.reason(name) in ("length", "cancelled") and (name in goes or play.reason(name) == "length")
+            assert play.cached(name) < len(request.prompt)
+        alone = play_alone(self.engine, *requests.values())
+        cut_short = {key: alone.drawn[key][: len(drawn)] for key, drawn in play.drawn.items()}
+        missing = {key[0] for key in alone.drawn.keys() - play.drawn.keys()}
+        assert missing <= set(goes)
+        alone.drawn = cut_short
+        assert_alike(play, alone, **self._rule)
+
+    def _any_request(self, draw: random.Random, name: str) -> BatchRequest:
+        shared = draw.choice((0, 70, 100, 130))
+        own = self.text(100 + ord(name), draw.randint(1, 60))
+        return asked(
+            name,
+            (*self.text(90 + draw.randrange(2), shared), *own),
+            draw.randint(1, 256 - shared - len(own) if draw.random() < 0.2 else 30),
+            n=draw.choice((1, 1, 3)),
+            border=draw.choice((0, shared)),
+        )
+
+    def _bytes_of(self, tokens: int) -> int:
+        return self.engine.info.state_bytes + tokens * self.engine.info.token_bytes
 
 
 def case_names(*, layout: str) -> tuple[str, ...]:
