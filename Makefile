@@ -13,10 +13,10 @@ INPUTS ?= 100000
 UP    ?= --local --place $(MODEL) --greet
 
 .DEFAULT_GOAL := help
-.PHONY: help up setup dev test test-mesh lint format coverage fuzz lock clean python
+.PHONY: help up setup dev test test-engine test-mesh lint format coverage fuzz lock clean python
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 up: setup ## set up, start a node on this machine, let the model answer once, go on serving (Ctrl-C ends it)
 	@exec $(BIN)/skulk up $(UP)
@@ -32,6 +32,9 @@ test: dev ## run every test suite (SUITES="unit contract" chooses), each within 
 
 test-mesh: dev ## nodes as hosts of their own, with mDNS between them (Linux, as root; skipped elsewhere)
 	$(BIN)/python -m pytest -q -rs tests/mesh
+
+test-engine: dev ## compare the engine's answers with and without reuse on the whole model (minutes; no part of `test`)
+	@$(BIN)/python -m pytest -q tests/exhaustive
 
 lint: dev ## check style, format, types, imports and tidiness
 	$(BIN)/ruff check

@@ -206,9 +206,13 @@ class _Draft:
             if seen.leader is not None:
                 self.mark(seen.leader, seen.mark)
                 continue
-            if self.shape.is_unified and not self.has_cells(seq, seen.source):
-                return
-            self.start(seq, seen.source)
+            source = seen.source
+            if self.shape.is_unified:
+                if source is not None and self.used_by_running() + self.passing(source) > self.shape.kv_cells:
+                    source = None
+                if not self.has_cells(seq, source):
+                    return
+            self.start(seq, source)
 
     def mark(self, leader: Sequence, mark: int) -> None:
         seq = self.running[leader.slot]
@@ -224,6 +228,10 @@ class _Draft:
         open_prompts = sum(one.gap for one in self.running.values() if not one.is_decoding)
         answers = sum(min(one.may_need, RESERVE) for one in (*self.running.values(), seq))
         return self.used_by_running() + open_prompts + answers + seq.known - taken <= self.shape.kv_cells
+
+    def passing(self, source: Source) -> int:
+        """Cells that taking a source fills for a moment: of host memory a state comes back whole and is cut then."""
+        return len(self.parked[source.id].tokens) if source.kind == "parked" else 0
 
     def start(self, seq: Sequence, source: Source | None) -> None:
         self.source_in_use = source.id if source is not None and source.kind == "parked" else 0
@@ -267,7 +275,7 @@ class _Draft:
         if source.kind == "parked":
             parked = self.parked[source.id]
             self.parked[source.id] = msgspec.structs.replace(parked, used_at=self.now)
-            cells = self.fresh_cells(source.count)
+            cells = self.fresh_cells(source.count, most=self.passing(source))
             self.operations.append(Restore(parked=source.id, slot=slot, count=source.count))
             return slot, cells
         if source.kind == "idle":
@@ -282,9 +290,12 @@ class _Draft:
         self.operations.append(Share(source=source.id, slot=slot, count=source.count))
         return slot, cells
 
-    def fresh_cells(self, count: int, but: int = -1) -> Cells:
-        """Cells that nobody shares; room for them is made, but not in slot ``but``, for they are filled at once."""
-        while self.shape.is_unified and self.used() + count > self.shape.kv_cells:
+    def fresh_cells(self, count: int, *, most: int = 0, but: int = -1) -> Cells:
+        """Cells that nobody shares, filled at once, so room for them is made, but not in slot ``but``.
+
+        ``most``: cells that have to be free for a moment.
+        """
+        while self.shape.is_unified and self.used() + max(count, most) > self.shape.kv_cells:
             oldest = self.oldest_idle(but)
             assert oldest is not None, "started without cells"
             self.evict(oldest)

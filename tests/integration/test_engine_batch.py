@@ -1,4 +1,4 @@
-"""What the native batch holds after it was filled, read back as llama.cpp reads it."""
+"""Sixteen streams at once: each says what it says alone. `tests/exhaustive` does the same with every layer."""
 
 from __future__ import annotations
 
@@ -6,37 +6,37 @@ from typing import Any
 
 import pytest
 
-from skulk.batching.step import StepRow
-from skulk.engines.llama_cpp.batch import Batch
+from tests.support.engines import load_small
+from tests.support.gguf import embedded_model
+from tests.support.many_streams import CELLS, STREAMS, WINDOW, compare_streams
+from tests.support.real_models import FEW, exact_copy, short_copy
+from tests.support.reuse_cases import EXACT
+
+SETTINGS: dict[str, Any] = {"n_parallel": STREAMS, "context_length": WINDOW}
 
 
-def row(slot: int, *tokens: int, start: int, sample: bool = True) -> StepRow:
-    return StepRow(slot=slot, tokens=tokens, start=start, sample=sample)
+@pytest.mark.parametrize("layout", ["streams", "unified"])
+def test_with_exact_weights_the_texts_are_those_alone(layout: str) -> None:
+    engine = load_small(exact_copy(layers=FEW), kv_cells=CELLS[layout], **SETTINGS, **EXACT)
+    try:
+        compare_streams(engine, shortest=12, max_tokens=6, close=0.001)
+    finally:
+        engine.close()
 
 
-def held(batch: Batch) -> list[tuple[int, int, int, int, int]]:
-    """Token, position, how many sequences, which, and whether it gives logits, of each row."""
-    native: Any = batch.native
-    return [
-        (native.token[at], native.pos[at], native.n_seq_id[at], native.seq_id[at][0], native.logits[at])
-        for at in range(native.n_tokens)
-    ]
+def test_with_bit_invariant_settings_the_logits_are_those_alone() -> None:
+    """A stream each and no flash attention: nothing of a batch shows, though weights are quantised."""
+    engine = load_small(short_copy(), kv_cells=CELLS["streams"], flash_attention="off", **SETTINGS)
+    try:
+        compare_streams(engine, shortest=12, max_tokens=6, close=0.0)
+    finally:
+        engine.close()
 
 
-def test_rows_of_one_token_and_of_many() -> None:
-    batch = Batch(8, 4)
-    outputs = batch.fill([row(0, 7, start=5), row(2, 8, start=9, sample=False), row(3, 1, 2, 3, start=20)])
-    assert outputs == {0: 0, 3: 4}
-    assert held(batch) == [(7, 5, 1, 0, 1), (8, 9, 1, 2, 0), (1, 20, 1, 3, 0), (2, 21, 1, 3, 0), (3, 22, 1, 3, 1)]
-
-
-def test_nothing_is_left_of_the_call_before() -> None:
-    batch = Batch(4, 2)
-    batch.fill([row(1, 1, 2, 3, 4, start=0)])
-    assert batch.fill([row(0, 9, start=3, sample=False), row(1, 5, 6, start=4, sample=False)]) == {}
-    assert held(batch) == [(9, 3, 1, 0, 0), (5, 4, 1, 1, 0), (6, 5, 1, 1, 0)]
-
-
-def test_more_than_it_holds_is_refused() -> None:
-    with pytest.raises(AssertionError, match="5 tokens in a batch of 4"):
-        Batch(4, 2).fill([row(0, 1, start=0), row(1, 1, 2, 3, 4, start=0)])
+def test_the_quantised_model_differs_only_where_two_tokens_are_as_likely() -> None:
+    """The whole model with the settings of production, in a unified cache: its kernels round by the batch's shape."""
+    engine = load_small(embedded_model(), kv_cells=CELLS["unified"], **SETTINGS)
+    try:
+        compare_streams(engine, shortest=3, max_tokens=6, gap=0.5)
+    finally:
+        engine.close()

@@ -78,6 +78,8 @@ class CellEngine:
                 self.parked[parked] = self._tokens(slot)
             case Restore(parked=parked, slot=slot, count=count):
                 self._check_take(slot, count, len(self.parked[parked]))
+                needed = self.used + len(self.parked[parked])
+                assert not self.shape.is_unified or needed <= self.shape.kv_cells, "a state comes back whole"
                 self.holds[slot] = [Cell(token) for token in self.parked[parked][:count]]
             case Forget(parked=parked):
                 assert self.parked.pop(parked, None) is not None or self.aside.pop(parked, None) is not None

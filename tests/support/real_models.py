@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from skulk.engines.llama_cpp.native import library
+from skulk.wire.generation import Prompt, TextPrompt
 from tests.support.gguf import embedded_model
 
 CACHE: Final = Path(__file__).parents[2] / "build" / "models"
@@ -48,3 +50,13 @@ def _copy(name: str, layers: int, **settings: Any) -> Path:
     assert status == 0, f"llama_model_quantize gave {status}"
     unfinished.replace(target)
     return target
+
+
+def story(tokens_of: Callable[[Prompt], Sequence[int]], *, lines: int = 40) -> tuple[int, ...]:
+    """Some 500 tokens of plain text, no two lines alike."""
+    colours, things = ("red", "green", "blue", "white", "grey"), ("door", "garden", "roof", "dog")
+    text = "".join(
+        f"House {7 * at + 3} has a {colours[at % 5]} {things[at % 4]} and {at % 11 + 2} windows. "
+        for at in range(lines)
+    )
+    return tuple(tokens_of(TextPrompt(text=text)))

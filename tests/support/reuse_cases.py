@@ -5,6 +5,7 @@ The engine has four slots and windows of 256 tokens, in streams or with 512 cell
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -17,6 +18,9 @@ SLOTS: Final = 4
 WINDOW: Final = 256
 CELLS: Final = {"streams": SLOTS * WINDOW, "unified": 2 * WINDOW}
 LAYOUTS: Final = tuple(CELLS)
+SETTINGS: Final[dict[str, Any]] = {"n_parallel": SLOTS, "context_length": WINDOW}
+EXACT: Final[dict[str, Any]] = {"kv_type": "f32", "flash_attention": "off"}
+"""With F32 weights, nothing is rounded by the shape of a batch."""
 
 
 class Cases:
@@ -36,9 +40,10 @@ class Cases:
 
     def text(self, start: int, count: int) -> tuple[int, ...]:
         """Tokens that no other start begins with."""
+        distinct = sorted(set(self.words))
         place = start * 37 % len(self.words)
         turned = self.words[place:] + self.words[:place]
-        return (turned * (count // len(turned) + 1))[:count]
+        return (distinct[start % len(distinct)], *turned)[:count]
 
     def compare(self, played: EnginePlay, *requests: BatchRequest) -> None:
         alone = play_alone(self.engine, *requests)
@@ -120,24 +125,31 @@ class Cases:
         self.compare(played, *requests)
 
     def preempted(self) -> None:
-        """Where cells run out the newest yields: it goes on from host memory, or is computed again."""
-        requests = [asked(name, self.text(50 + at, 95), 80) for at, name in enumerate("abc")]
-        alone = play_alone(self.engine, *requests)
-        for park_bytes in (PARK_BYTES, 0):
-            played = EnginePlay(self.engine, park_bytes=park_bytes).add(*requests).play()
-            assert [played.reason(name) for name in "abc"] == ["length"] * 3
-            assert [played.cached(name) for name in "abc"] == [0, 0, 0]
-            assert played.most_cells >= self.engine.info.kv_cells - len(requests), "all cells were in use"
-            again = played.computed - alone.computed
-            parks = [one.parked for one in played.operations if isinstance(one, Park)]
-            restores = [one.parked for one in played.operations if isinstance(one, Restore)]
-            if park_bytes:
-                assert restores == parks[:1], "what else was parked are cells of those that had ended"
-                assert again == 0
-            else:
-                assert parks == restores == []
-                assert again > 95
-            assert_alike(played, alone, **self._rule)
+        """Where cells run out the newest yields, and goes on from host memory."""
+        played = self._beyond_the_cells(PARK_BYTES)
+        parks = [one.parked for one in played.operations if isinstance(one, Park)]
+        restores = [one.parked for one in played.operations if isinstance(one, Restore)]
+        assert restores == parks[:1], "what else was parked are cells of those that had ended"
+        assert played.computed == 3 * (105 + 71), "nothing was computed again"
+
+    def recomputed(self) -> None:
+        """Without host memory it is computed again."""
+        played = self._beyond_the_cells(0)
+        assert played.count(Park) == played.count(Restore) == 0
+        assert played.computed > 3 * (105 + 71) + 105
+
+    def _beyond_the_cells(self, park_bytes: int) -> EnginePlay:
+        requests = self._too_many()
+        played = EnginePlay(self.engine, park_bytes=park_bytes).add(*requests).play()
+        assert [played.reason(name) for name in "abc"] == ["length"] * 3
+        assert [played.cached(name) for name in "abc"] == [0, 0, 0]
+        assert played.most_cells >= self.engine.info.kv_cells - len(requests), "all cells were in use"
+        self.compare(played, *requests)
+        return played
+
+    def _too_many(self) -> list[BatchRequest]:
+        """Three that may begin side by side, and whose last tokens find no cells."""
+        return [asked(name, self.text(50 + at, 105), 72) for at, name in enumerate("abc")]
 
     def cancelled(self) -> None:
         """A cancel takes effect at once, wherever its request is, and its cells are free or of use to others."""
@@ -170,8 +182,7 @@ class Cases:
 
     def cancelled_aside(self) -> None:
         """One that yielded is cancelled while it waits: what was parked of it is gone."""
-        requests = [asked(name, self.text(50 + at, 95), 80) for at, name in enumerate("abc")]
-        played = EnginePlay(self.engine).add(*requests)
+        played = EnginePlay(self.engine).add(*self._too_many())
         while not any(seq.parked for seq in played.state.waiting):
             played.step()
         played.end("c")
@@ -181,11 +192,51 @@ class Cases:
         played.end("a")
         played.end("b")
 
+    def at_random(self, seed: int) -> None:
+        """Arrivals, cancels, beginnings in common, little or no host memory: whoever ends says what it says alone."""
+        draw = random.Random(seed)
+        play = EnginePlay(self.engine, park_bytes=draw.choice((0, self._bytes_of(200), PARK_BYTES)))
+        play.idle_limit = draw.choice((None, 0, 150))
+        requests = {name: self._any_request(draw, name) for name in "abcdefgh"}
+        comes = {name: draw.randrange(40) for name in requests}
+        goes = {name: comes[name] + draw.randrange(40) for name in draw.sample(sorted(requests), 2)}
+        for step in range(80):
+            play.add(*(requests[name] for name in requests if comes[name] == step))
+            for name, at in goes.items():
+                if at == step:
+                    play.end(name)
+            if not play.state.is_idle:
+                play.step()
+        play.play()
+        for name, request in requests.items():
+            assert play.reason(name) in ("length", "cancelled") and (name in goes or play.reason(name) == "length")
+            assert play.cached(name) < len(request.prompt)
+        alone = play_alone(self.engine, *requests.values())
+        cut_short = {key: alone.drawn[key][: len(drawn)] for key, drawn in play.drawn.items()}
+        missing = {key[0] for key in alone.drawn.keys() - play.drawn.keys()}
+        assert missing <= set(goes)
+        alone.drawn = cut_short
+        assert_alike(play, alone, **self._rule)
+
+    def _any_request(self, draw: random.Random, name: str) -> BatchRequest:
+        shared = draw.choice((0, 70, 100, 130))
+        own = self.text(100 + ord(name), draw.randint(1, 60))
+        return asked(
+            name,
+            (*self.text(90 + draw.randrange(2), shared), *own),
+            draw.randint(1, 256 - shared - len(own) if draw.random() < 0.2 else 30),
+            n=draw.choice((1, 1, 3)),
+            border=draw.choice((0, shared)),
+        )
+
+    def _bytes_of(self, tokens: int) -> int:
+        return self.engine.info.state_bytes + tokens * self.engine.info.token_bytes
+
 
 def case_names(*, layout: str) -> tuple[str, ...]:
     """The cases that make sense in a layout."""
     both = ("next_turn", "same_beginning", "part_of_a_beginning", "concurrent", "choices", "parked", "cancelled")
-    return (*both, "moved") if layout == "streams" else (*both, "preempted", "cancelled_aside")
+    return (*both, "moved") if layout == "streams" else (*both, "preempted", "recomputed", "cancelled_aside")
 
 
 ALL_CASES: Final = tuple((layout, name) for layout in LAYOUTS for name in case_names(layout=layout))

@@ -53,13 +53,11 @@ class LlamaCppEngine:
         self._lib: Any = library()
         self._model: int | None = model
         self._context: int | None = context
-        self._memory = SequenceMemory(
-            context,
-            n_parallel=info.n_parallel,
-            is_unified=layout.unified,
-            forgets=0 < self._lib.llama_model_n_swa(model) < info.n_ctx,
-        )
-        self._layout = layout
+        forgets = 0 < self._lib.llama_model_n_swa(model) < info.n_ctx
+        self._memory = SequenceMemory(context, n_parallel=info.n_parallel, is_unified=layout.unified, forgets=forgets)
+        # A call of several passes loses cells of the window that its first pass needs: llama_kv_cache::prepare tries
+        # them all beforehand, and doesn't bring back what the later ones have purged.
+        self._layout = msgspec.structs.replace(layout, n_batch=layout.n_ubatch) if forgets else layout
         self._info = info
         self._vocabulary = vocabulary
         self._prompter = prompter

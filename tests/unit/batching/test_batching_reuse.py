@@ -235,6 +235,23 @@ class TestUnified:
         assert idle_limit(rate, cell_s=1e-6, rows=0) is None
         assert idle_limit(Rate(), cell_s=1e-6, rows=4) is None
 
+    def test_a_parked_state_comes_back_whole_or_not_at_all(self) -> None:
+        """Only the beginning of it is wanted, but for a moment all of it needs cells."""
+        played = table(n_ctx=400, kv_cells=400, n_parallel=3)
+        played.add(asked("first", text(1, 300)))
+        played.play()
+        played.idle_limit = 0
+        played.add(asked("second", text(2, 150), 40))
+        played.step()
+        assert [len(parked.tokens) for parked in played.state.parked] == [305]
+        played.add(asked("third", (*text(1, 100), *text(3, 5))))
+        played.play()
+        assert played.cached("third") == 0
+        assert played.tokens("third") == answer_to((*text(1, 100), *text(3, 5)), 6)
+        played.add(asked("fourth", (*text(1, 250), *text(4, 5))))
+        played.play()
+        assert played.cached("fourth") == 250
+
     def test_where_cells_cannot_be_shared_they_are_copied_into_others(self) -> None:
         """A fork fills as many cells again, so fewer sequences run side by side; none fails."""
         played = table(n_ctx=400, kv_cells=600, n_parallel=3, reuse="whole", shares_cells=False)
