@@ -15,7 +15,7 @@ from skulk.telemetry.backends import Advertised, probe_engine, tags_of
 from skulk.telemetry.gpus import accelerators
 from skulk.telemetry.host import disk_facts, load_average, system_facts
 from skulk.telemetry.memory import memory_facts
-from skulk.telemetry.processes import process_memory
+from skulk.telemetry.processes import MemoryWatch
 from skulk.wire.beats import Accelerator, DiskFacts, HealthReason, MemoryFacts, SystemFacts
 from skulk.wire.model import HeldModel
 
@@ -53,6 +53,7 @@ class MachineMeter:
         self._system: SystemFacts | None = None
         self._models: tuple[HeldModel, ...] = ()
         self._problems: tuple[HealthReason, ...] = ()
+        self._watch = MemoryWatch()
 
     @property
     def tags(self) -> tuple[str, ...]:
@@ -88,7 +89,8 @@ class MachineMeter:
         )
 
     def _measure(self, pids: dict[str, int]) -> tuple[MemoryFacts, dict[str, int], DiskFacts]:
-        own = {runner: process_memory(pid) for runner, pid in pids.items()}
+        taken = self._watch.look(pids.values())
+        own = {runner: taken[pid] for runner, pid in pids.items()}
         memory = memory_facts(self.tags, self._gpus, limit_bytes=self._limit_bytes, own=own.values())
         return memory, {runner: taken.total_bytes for runner, taken in own.items()}, disk_facts(self._models_dir)
 

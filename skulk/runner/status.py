@@ -14,7 +14,7 @@ from skulk.bus.port import Bus
 from skulk.bus.subjects import RUNNER_STATUS
 from skulk.clock import Clock
 from skulk.errors import SkulkError, UnavailableError
-from skulk.telemetry import process_memory
+from skulk.telemetry import MemoryWatch
 from skulk.wire.base import ErrorBody
 from skulk.wire.beats import RunnerPhase, RunnerStatus
 from skulk.wire.runner import RunnerSpec
@@ -34,6 +34,7 @@ class StatusBoard:
         self._bus = bus
         self._clock = clock
         self._measure_at = clock.now()
+        self._watch = MemoryWatch()
         self._changed = asyncio.Event()
         self._phase_changed = asyncio.Event()
         self.now = RunnerStatus(
@@ -88,8 +89,9 @@ class StatusBoard:
     async def _measure(self) -> None:
         if self._clock.now() >= self._measure_at:
             self._measure_at = self._clock.now() + MEMORY_EVERY_S
-            memory = await asyncio.to_thread(process_memory, os.getpid())
-            self.now = msgspec.structs.replace(self.now, memory_bytes=memory.total_bytes)
+            own = os.getpid()
+            taken = await asyncio.to_thread(self._watch.look, (own,))
+            self.now = msgspec.structs.replace(self.now, memory_bytes=taken[own].total_bytes)
 
     async def publish(self) -> None:
         """Says it now, if the bus takes it; the next time comes soon."""

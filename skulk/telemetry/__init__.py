@@ -4,11 +4,12 @@ from skulk.telemetry.backends import Advertised, EngineProbe, probe_engine, tags
 from skulk.telemetry.gpus import accelerators
 from skulk.telemetry.host import disk_facts, load_average, system_facts
 from skulk.telemetry.memory import memory_facts
-from skulk.telemetry.processes import ProcessMemory, process_memory
+from skulk.telemetry.processes import MemoryWatch, ProcessMemory, process_memory
 
 __all__ = [
     "Advertised",
     "EngineProbe",
+    "MemoryWatch",
     "ProcessMemory",
     "accelerators",
     "disk_facts",

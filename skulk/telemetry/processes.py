@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +13,8 @@ from skulk.units import KIB
 
 ROOT: Final = Path("/")
 _MAX_DESCRIPTORS: Final = 4096
+_CHANGE: Final = 100
+"""A change of a hundredth of the resident size is one."""
 
 
 class ProcessMemory(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +59,41 @@ def process_memory(pid: int, root: Path = ROOT) -> ProcessMemory:
         return ProcessMemory(resident_bytes=psutil.Process(pid).memory_info().rss)
     except psutil.Error:
         return NOTHING
+
+
+class MemoryWatch:
+    """`process_memory`, asked often: the kernel walks all pages for it, so it is read again only after a change.
+
+    54 ms of processor time were measured for a process of 3 GB, each time; its resident size alone costs a few
+    microseconds and tells when it is worth it.
+    """
+
+    def __init__(self, root: Path = ROOT) -> None:
+        self._root = root
+        self._seen: dict[int, tuple[int, ProcessMemory]] = {}
+
+    def look(self, pids: Collection[int]) -> dict[int, ProcessMemory]:
+        """What these processes take; others are forgotten."""
+        seen: dict[int, tuple[int, ProcessMemory]] = {}
+        for pid in pids:
+            pages = self._resident_pages(pid)
+            before = self._seen.get(pid)
+            if before is None or not pages or abs(pages - before[0]) * _CHANGE > before[0]:
+                before = (pages, process_memory(pid, self._root))
+            elif before[1].device_bytes:
+                # A GPU's memory grows without the process growing.
+                device_bytes = _device_bytes(self._root / "proc" / str(pid) / "fdinfo")
+                before = (before[0], msgspec.structs.replace(before[1], device_bytes=device_bytes))
+            seen[pid] = before
+        self._seen = seen
+        return {pid: memory for pid, (_, memory) in seen.items()}
+
+    def _resident_pages(self, pid: int) -> int:
+        """0 where the kernel doesn't tell; then everything is read each time."""
+        try:
+            return int((self._root / "proc" / str(pid) / "statm").read_text().split()[1])
+        except (OSError, ValueError, IndexError):
+            return 0
 
 
 def _kilobytes(path: Path) -> dict[str, int]:

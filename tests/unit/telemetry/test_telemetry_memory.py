@@ -9,7 +9,7 @@ import pytest
 
 from skulk.telemetry.cgroups import GroupMemory, memory_limits
 from skulk.telemetry.memory import Ram, memory_facts, usable_bytes
-from skulk.telemetry.processes import ProcessMemory, process_memory
+from skulk.telemetry.processes import MemoryWatch, ProcessMemory, process_memory
 from skulk.units import GIB, KIB, MIB
 from skulk.wire.beats import Accelerator
 
@@ -157,6 +157,23 @@ def test_a_process_s_gpu_memory_counts_once_a_client(tmp_path: Path) -> None:
 def test_without_the_kernel_s_sum_resident_memory_is_taken_and_a_gone_process_has_none(tmp_path: Path) -> None:
     assert process_memory(os.getpid(), tmp_path).resident_bytes > MIB
     assert process_memory(2**22 + 1, tmp_path) == ProcessMemory()
+
+
+def test_a_watched_process_is_read_again_after_it_changed(tmp_path: Path) -> None:
+    watch = MemoryWatch(tmp_path)
+
+    def seen(pages: int, pss_kb: int, vram_kb: int) -> tuple[int, int]:
+        put(tmp_path, "proc/42/statm", f"9000 {pages} 0 0 0 0 0\n")
+        put(tmp_path, "proc/42/smaps_rollup", f"Pss:  {pss_kb} kB\n")
+        put(tmp_path, "proc/42/fdinfo/3", f"drm-client-id:\t7\ndrm-memory-vram:\t{vram_kb} KiB\n")
+        taken = watch.look((42,))[42]
+        return taken.resident_bytes // KIB, taken.device_bytes // KIB
+
+    assert seen(1000, 3000, 10) == (3000, 10)
+    assert seen(1005, 3100, 20) == (3000, 20), "the same to a hundredth; what a GPU holds is always read"
+    assert seen(1020, 3200, 20) == (3200, 20)
+    assert seen(0, 3300, 20) == (3300, 20), "a kernel that doesn't tell"
+    assert watch.look(()) == {}
 
 
 def test_sums_of_processes() -> None:
