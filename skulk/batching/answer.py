@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -28,25 +28,25 @@ class Drawn(NamedTuple):
     finish_reason: FinishReason | None
 
 
-def draw(sequence: Sequence, token: int, vocabulary: Vocabulary) -> Drawn:
-    """Takes a drawn token in.
+def draw(sequence: Sequence, token: int, vocabulary: Vocabulary, **changes: Any) -> Drawn:
+    """Takes a drawn token in, with other changes of the sequence at one go.
 
     An end token and a stop string end the answer with ``stop``, the last token that ``max_tokens`` allows with
     ``length``. The end token counts as drawn and has no text.
     """
     request = sequence.request
-    drawn = sequence.drawn.append(token)
+    changes["drawn"] = drawn = sequence.drawn.append(token)
     if vocabulary.is_end(token) and not request.ignore_eos:
         text, _ = _rest(sequence, sequence.held_bytes, sequence.held_text)
-        return _drawn(sequence, text, finish_reason="stop", drawn=drawn)
+        return _drawn(sequence, text, finish_reason="stop", **changes)
     complete, held_bytes = decode_bytes(sequence.held_bytes, vocabulary.piece(token))
     text, held_text, is_stopped = scan(request.stop, sequence.held_text, complete)
     if is_stopped:
-        return _drawn(sequence, text, finish_reason="stop", drawn=drawn)
-    if len(drawn) >= request.max_tokens:
+        return _drawn(sequence, text, finish_reason="stop", **changes)
+    if drawn.count >= request.max_tokens:
         rest, is_stopped = _rest(sequence, held_bytes, held_text)
-        return _drawn(sequence, text + rest, finish_reason="stop" if is_stopped else "length", drawn=drawn)
-    return _drawn(sequence, text, drawn=drawn, held_bytes=held_bytes, held_text=held_text)
+        return _drawn(sequence, text + rest, finish_reason="stop" if is_stopped else "length", **changes)
+    return _drawn(sequence, text, held_bytes=held_bytes, held_text=held_text, **changes)
 
 
 def _drawn(
@@ -56,17 +56,13 @@ def _drawn(
     finish_reason: FinishReason | None = None,
     held_bytes: bytes = b"",
     held_text: str = "",
-    **changes: object,
+    **changes: Any,
 ) -> Drawn:
-    visible = text[sequence.skip :] if sequence.skip else text
-    after = msgspec.structs.replace(
-        sequence,
-        held_bytes=held_bytes,
-        held_text=held_text,
-        skip=max(0, sequence.skip - len(text)),
-        **changes,
-    )
-    return Drawn(after, visible, finish_reason)
+    if sequence.skip:
+        changes["skip"] = max(0, sequence.skip - len(text))
+        text = text[sequence.skip :]
+    after = msgspec.structs.replace(sequence, held_bytes=held_bytes, held_text=held_text, **changes)
+    return Drawn(after, text, finish_reason)
 
 
 def _rest(sequence: Sequence, held_bytes: bytes, held_text: str) -> tuple[str, bool]:

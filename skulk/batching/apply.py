@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from skulk.batching.answer import Vocabulary, draw
@@ -28,16 +30,14 @@ def apply(state: BatchState, plan: StepPlan, result: StepResult, vocabulary: Voc
     passed = passed_slots(state, plan)
     for sequence in state.running:
         row = rows.get(sequence.slot)
-        if sequence.slot in passed:
-            sequence = msgspec.structs.replace(sequence, passed=sequence.passed + 1)  # noqa: PLW2901
+        changes: dict[str, Any] = {"passed": sequence.passed + 1} if sequence.slot in passed else {}
         if row is None:
-            running.append(sequence)
+            running.append(msgspec.structs.replace(sequence, **changes) if changes else sequence)
             continue
         if state.shape.is_unified:
+            changes["cells"] = grown(sequence.cells, len(row.tokens), next_id)
             next_id += 1
-            cells = grown(sequence.cells, len(row.tokens), next_id - 1)
-            sequence = msgspec.structs.replace(sequence, cells=cells)  # noqa: PLW2901
-        after, finish_reason = _advance(sequence, row, result, vocabulary, now, outputs)
+        after, finish_reason = _advance(sequence, row, result, vocabulary, now, changes, outputs)
         running.append(after)
         if finish_reason is not None:
             ended.append((after, finish_reason))
@@ -57,24 +57,24 @@ def _advance(
     result: StepResult,
     vocabulary: Vocabulary,
     now: float,
+    changes: dict[str, Any],
     outputs: list[Output],
 ) -> tuple[Sequence, FinishReason | None]:
-    """One sequence after its row; what it has to tell goes to ``outputs``."""
+    """One sequence after its row and ``changes``; what it has to tell goes to ``outputs``."""
     assert row.start == sequence.computed, (
         f"slot {row.slot}: planned from {row.start}, computed are {sequence.computed}"
     )
-    computed = row.start + len(row.tokens)
-    was_prefill = not sequence.is_decoding
-    sequence = msgspec.structs.replace(sequence, computed=computed)
+    changes["computed"] = computed = row.start + len(row.tokens)
     key = sequence.request.key
     if not row.sample:
         outputs.append(Progressed(key=key, phase="prefill", processed=computed, total=sequence.known))
-        return sequence, None
+        return msgspec.structs.replace(sequence, **changes), None
     assert computed == sequence.known, f"slot {row.slot}: drew at {computed} of {sequence.known} tokens"
-    if was_prefill:
+    if not sequence.is_decoding:
         outputs.append(Progressed(key=key, phase="decode", processed=computed, total=computed))
-        sequence = msgspec.structs.replace(sequence, first_at=now)
+        if sequence.first_at == 0.0:
+            changes["first_at"] = now
     token = result.sampled[row.slot]
-    sequence, text, finish_reason = draw(sequence, token, vocabulary)
+    sequence, text, finish_reason = draw(sequence, token, vocabulary, **changes)
     outputs.append(Emitted(key=key, choice=sequence.choice, text=text, tokens=(token,), finish_reason=finish_reason))
     return sequence, finish_reason

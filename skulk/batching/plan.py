@@ -60,8 +60,10 @@ def plan_step(state: BatchState, budget: StepBudget) -> StepPlan | None:
     Every decoding sequence gets its row; then prompts get what the budget leaves, the oldest first, each as much as it
     can use, so that one prompt is done early instead of all late. O(`n_parallel`).
     """
-    decoding = sorted((seq for seq in state.running if seq.is_decoding), key=_slot)
-    rows = [_row(seq, 1) for seq in decoding]
+    decoding = sorted([seq for seq in state.running if seq.is_decoding], key=_slot)
+    rows = [StepRow(slot=seq.slot, tokens=(seq.drawn.last,), start=seq.computed, sample=True) for seq in decoding]
+    if len(rows) == len(state.running):
+        return StepPlan(rows=tuple(rows)) if rows else None
     left = min(budget.prefill_tokens, budget.tokens - len(rows))
     for seq in _prefill_order(state, left):
         if left <= 0:
@@ -75,6 +77,8 @@ def plan_step(state: BatchState, budget: StepBudget) -> StepPlan | None:
 def passed_slots(state: BatchState, plan: StepPlan) -> frozenset[int]:
     """Slots whose prompts waited in this step for one that came later."""
     prompts = {seq.slot: seq.order for seq in state.running if not seq.is_decoding}
+    if len(prompts) < 2:
+        return frozenset()
     passed: set[int] = set()
     for row in plan.rows:
         order = prompts.pop(row.slot, None)

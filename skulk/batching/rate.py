@@ -1,6 +1,10 @@
 """How fast the engine is, as measured, and the prefill chunk that keeps a step within its time.
 
-Attention costs more the deeper a prompt is, so the prefill rate is kept by depth, in bands of `DEPTH_BAND` tokens.
+Attention costs more the deeper a prompt is, and a token costs less in a larger chunk (kernels work in tiles: with nine
+heads on two threads a token of a chunk of 64 took 1.4 times as long as one of a chunk of 512). So the prefill rate is
+kept by depth, in bands of `DEPTH_BAND` tokens, and by size, doubling from `CHUNK_UNIT`. A size that was never run is
+guessed to be somewhat cheaper a token than the next smaller one, so that it is tried when that would do: a slow spell
+must not leave small chunks for ever.
 """
 
 from __future__ import annotations
@@ -20,15 +24,17 @@ STEP_ALONE_S: Final = 1.0
 IDLE_SHARE: Final = 0.03
 """How much of a decode step idle cells may cost the running sequences."""
 DEPTH_BAND: Final = 512
+_SIZES: Final = 4
+_LARGER_IS_CHEAPER: Final = 0.85
 _NEW_SHARE: Final = 0.3
 """Share of a new measurement in the running mean: five steps forget a disturbance."""
 
 
 class Rate(msgspec.Struct, frozen=True, kw_only=True):
-    """Measured seconds; 0: unknown. ``decode_s``: a step that only decodes; ``prefill_s``: a prompt token, by band."""
+    """Measured seconds; 0: unknown. ``decode_s``: a step that only decodes; ``prefill_s``: a token, by band and size."""
 
     decode_s: float = 0.0
-    prefill_s: tuple[float, ...] = ()
+    prefill_s: tuple[tuple[float, ...], ...] = ()
 
 
 def measured(rate: Rate, plan: StepPlan, elapsed_s: float) -> Rate:
@@ -45,19 +51,28 @@ def measured(rate: Rate, plan: StepPlan, elapsed_s: float) -> Rate:
     decoding_s = rate.decode_s if len(prefill) < len(plan.rows) else 0.0
     per_token = max(elapsed_s - decoding_s, elapsed_s / 2) / count
     band = max(row.start for row in prefill) // DEPTH_BAND
-    bands = rate.prefill_s + (0.0,) * (band + 1 - len(rate.prefill_s))
-    return Rate(
-        decode_s=rate.decode_s,
-        prefill_s=(*bands[:band], _mean(bands[band], per_token), *bands[band + 1 :]),
-    )
+    bands = rate.prefill_s + ((),) * (band + 1 - len(rate.prefill_s))
+    sizes = bands[band] + (0.0,) * (_SIZES - len(bands[band]))
+    size = _size_of(count)
+    sizes = (*sizes[:size], _mean(sizes[size], per_token), *sizes[size + 1 :])
+    return Rate(decode_s=rate.decode_s, prefill_s=(*bands[:band], sizes, *bands[band + 1 :]))
 
 
-def prefill_token_s(rate: Rate, depth: int) -> float:
-    """Seconds of one prompt token at ``depth``, from the nearest measured band, shallower ones first; 0: unknown."""
+def prefill_token_s(rate: Rate, depth: int, count: int = CHUNK_UNIT) -> float:
+    """Seconds of one prompt token at ``depth`` in a chunk of ``count``; 0: nothing is known.
+
+    From the nearest measured band, shallower ones first; in it the size itself, else the next smaller one, which is
+    taken to be dearer, else the next larger one.
+    """
     band = depth // DEPTH_BAND
     shallower = rate.prefill_s[: band + 1]
     deeper = rate.prefill_s[band + 1 :]
-    return next((s for s in (*reversed(shallower), *deeper) if s > 0.0), 0.0)
+    sizes = next((sizes for sizes in (*reversed(shallower), *deeper) if any(sizes)), ())
+    size = _size_of(count)
+    for smaller in range(min(size, len(sizes) - 1), -1, -1):
+        if sizes[smaller] > 0.0:
+            return sizes[smaller] * _LARGER_IS_CHEAPER ** (size - smaller)
+    return next((s for s in sizes[size + 1 :] if s > 0.0), 0.0)
 
 
 def chunk_tokens(rate: Rate, *, depth: int, others_decode: bool, n_ubatch: int) -> int:
@@ -66,12 +81,28 @@ def chunk_tokens(rate: Rate, *, depth: int, others_decode: bool, n_ubatch: int) 
     One unit at least and while nothing is measured, ``n_ubatch`` at most.
     """
     unit = min(CHUNK_UNIT, n_ubatch)
-    per_token = prefill_token_s(rate, depth)
-    if per_token <= 0.0:
-        return unit
     room_s = STEP_SHARED_S - rate.decode_s if others_decode else STEP_ALONE_S
-    chunk = min(int(room_s / per_token), n_ubatch) // unit * unit
-    return max(chunk, unit)
+    chunk = n_ubatch // unit * unit
+    while chunk > unit:
+        per_token = prefill_token_s(rate, depth, chunk)
+        if per_token <= 0.0:
+            return unit
+        if chunk * per_token <= room_s:
+            return chunk
+        # No smaller chunk of this size can take more tokens than fit at its rate.
+        fits = int(room_s / per_token) // unit * unit
+        chunk = max(unit, min(chunk - unit, max(fits, _smallest_of(chunk) - unit)))
+    return chunk
+
+
+def _size_of(count: int) -> int:
+    """0 for less than two units, 1 for less than four, …"""
+    return min(max(count // CHUNK_UNIT, 1).bit_length() - 1, _SIZES - 1)
+
+
+def _smallest_of(count: int) -> int:
+    """The least count that is of the same size."""
+    return CHUNK_UNIT << _size_of(count)
 
 
 def idle_limit(rate: Rate, *, cell_s: float, rows: int) -> int | None:

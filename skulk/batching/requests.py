@@ -95,7 +95,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def known(self) -> int:
         """Tokens of prompt and answer."""
-        return len(self.request.prompt) + len(self.drawn)
+        return len(self.request.prompt) + self.drawn.count
 
     @property
     def gap(self) -> int:
@@ -105,7 +105,8 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_decoding(self) -> bool:
         """Whether its next row is one drawn token."""
-        return self.computed >= len(self.request.prompt) and self.gap == 1
+        done = self.computed - len(self.request.prompt)
+        return done >= 0 and self.drawn.count - done == 1
 
     @property
     def phase(self) -> StreamPhase:
@@ -116,7 +117,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def may_need(self) -> int:
         """Tokens that its answer may still have."""
-        return self.request.max_tokens - len(self.drawn)
+        return self.request.max_tokens - self.drawn.count
 
     def known_tokens(self, start: int, stop: int) -> tuple[int, ...]:
         """The ids at these positions; O(what is asked for)."""

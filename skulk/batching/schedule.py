@@ -42,6 +42,8 @@ def schedule(state: BatchState, now: float, *, idle_limit: int | None = None) ->
         now: seconds of the runner's clock.
         idle_limit: cells that idle slots may hold beside running ones; None: any number.
     """
+    if _is_settled(state, idle_limit):
+        return Changed(state)
     draft = _Draft(state, now)
     draft.keep_marked()
     if draft.waiting:
@@ -53,6 +55,39 @@ def schedule(state: BatchState, now: float, *, idle_limit: int | None = None) ->
     else:
         draft.close_holes()
     return draft.changed()
+
+
+def _is_settled(state: BatchState, idle_limit: int | None) -> bool:
+    """Whether nothing has to be done, as between most steps; decided without a draft."""
+    running, shape = state.running, state.shape
+    if state.waiting and len(running) < shape.n_parallel:
+        return False
+    if shape.reuse == "whole" and any(seq.marks for seq in running):
+        return False
+    if not shape.is_unified:
+        slots = [seq.slot for seq in running]
+        return not slots or max(slots) - min(slots) < len(slots)
+    by_running = count_used([seq.cells for seq in running])
+    used = (
+        by_running
+        if not state.idle
+        else count_used([*(seq.cells for seq in running), *(one.cells for one in state.idle)])
+    )
+    if running and idle_limit is not None and used - by_running > idle_limit:
+        return False
+    return used + _next_step(running) <= shape.kv_cells
+
+
+def _next_step(running: Iterable[Sequence]) -> int:
+    """The least that the next step needs: a cell for each answer, and one chunk of the oldest prompt."""
+    cells = 0
+    head: Sequence | None = None
+    for seq in running:
+        if seq.is_decoding:
+            cells += 1
+        elif head is None or seq.order < head.order:
+            head = seq
+    return cells + (min(head.gap, CHUNK_UNIT) if head is not None else 0)
 
 
 class _Draft:
@@ -167,20 +202,13 @@ class _Draft:
     # 4. room
 
     def make_room(self) -> None:
-        while self.used() + self.next_step() > self.shape.kv_cells:
+        while self.used() + _next_step(self.running.values()) > self.shape.kv_cells:
             oldest = self.oldest_idle()
             if oldest is not None:
                 self.evict(oldest)
                 continue
             assert len(self.running) > 1, "one sequence alone has no room"
             self.yield_slot(max(self.running.values(), key=_order))
-
-    def next_step(self) -> int:
-        """The least that the next step needs: a cell for each answer, and one chunk of a prompt."""
-        decoding = sum(seq.is_decoding for seq in self.running.values())
-        prompts = (seq for seq in self.running.values() if not seq.is_decoding)
-        head = min(prompts, key=_order, default=None)
-        return decoding + (min(head.gap, CHUNK_UNIT) if head is not None else 0)
 
     def yield_slot(self, seq: Sequence) -> None:
         """The sequence waits again, where it stood in the order of arrival, parked or to be recomputed."""

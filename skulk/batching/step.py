@@ -22,7 +22,7 @@ class StepRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """One native call: decode rows first, then prefill rows; each slot at most once."""
+    """What one step computes: decode rows first, then prefill rows; each slot at most once."""
 
     rows: tuple[StepRow, ...]
 

@@ -11,27 +11,33 @@ BLOCK: Final = 256
 
 
 class TokenLog(msgspec.Struct, frozen=True, kw_only=True):
-    """Token ids in order. ``blocks`` are full (`BLOCK` ids each), ``tail`` holds fewer."""
+    """Token ids in order. ``blocks`` are full (`BLOCK` ids each), ``tail`` holds fewer; ``count``: of all."""
 
     blocks: tuple[tuple[int, ...], ...] = ()
     tail: tuple[int, ...] = ()
+    count: int = 0
 
     def __len__(self) -> int:
-        return len(self.blocks) * BLOCK + len(self.tail)
+        return self.count
+
+    @property
+    def last(self) -> int:
+        """The newest id; there must be one."""
+        return self.tail[-1] if self.tail else self.blocks[-1][-1]
 
     @classmethod
     def of(cls, tokens: Iterable[int]) -> TokenLog:
         """A log that holds ``tokens``."""
         ids = tuple(tokens)
         full = len(ids) // BLOCK * BLOCK
-        return cls(blocks=tuple(ids[at : at + BLOCK] for at in range(0, full, BLOCK)), tail=ids[full:])
+        return cls(blocks=tuple(ids[at : at + BLOCK] for at in range(0, full, BLOCK)), tail=ids[full:], count=len(ids))
 
     def append(self, token: int) -> TokenLog:
         """The log with one id more; O(`BLOCK`)."""
         tail = (*self.tail, token)
         if len(tail) < BLOCK:
-            return TokenLog(blocks=self.blocks, tail=tail)
-        return TokenLog(blocks=(*self.blocks, tail))
+            return TokenLog(blocks=self.blocks, tail=tail, count=self.count + 1)
+        return TokenLog(blocks=(*self.blocks, tail), count=self.count + 1)
 
     def slice(self, start: int, stop: int) -> tuple[int, ...]:
         """The ids from ``start`` up to ``stop``; touches only the blocks that hold them."""

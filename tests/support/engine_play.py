@@ -31,7 +31,7 @@ from skulk.runner.runner import shape_of as runners_shape
 from tests.support.batches import ends_of, follow, request_of
 from tests.support.runners import spec_of
 
-FAST: Final = Rate(decode_s=0.001, prefill_s=(0.001,))
+FAST: Final = Rate(decode_s=0.001, prefill_s=((0.001,),))
 """A rate that isn't measured, so that the same test makes the same chunks on any machine: ``n_ubatch`` each."""
 PARK_BYTES: Final = 64 * 1024 * 1024
 WATCHED: Final = 256

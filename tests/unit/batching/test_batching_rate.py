@@ -77,11 +77,24 @@ def test_one_slow_step_moves_the_mean_but_does_not_become_it() -> None:
 def test_a_chunk_is_whole_units_within_its_time(
     per_token: float, decode_s: float, depth: int, others_decode: bool, n_ubatch: int
 ) -> None:
-    rate = Rate(decode_s=decode_s, prefill_s=(per_token,))
+    rate = Rate(decode_s=decode_s, prefill_s=((per_token,),))
     chunk = chunk_tokens(rate, depth=depth, others_decode=others_decode, n_ubatch=n_ubatch)
     unit = min(CHUNK_UNIT, n_ubatch)
     assert unit <= chunk <= n_ubatch
     assert chunk % unit == 0
     if chunk > unit:
         limit_s = STEP_SHARED_S if others_decode else STEP_ALONE_S
-        assert chunk * per_token + (decode_s if others_decode else 0.0) <= limit_s + 1e-9
+        assert chunk * prefill_token_s(rate, depth, chunk) + (decode_s if others_decode else 0.0) <= limit_s + 1e-9
+
+
+def test_a_larger_chunk_that_was_never_run_is_tried_and_kept_if_it_is_cheaper() -> None:
+    """In tiles a token of 64 costs 3.5 ms and one of 128 costs 1.9: after a slow spell the larger chunk comes back."""
+    rate = measured(Rate(), plan_of(prefill=64), 64 * 0.02)
+    assert chunk_tokens(rate, depth=0, others_decode=True, n_ubatch=512) == 64
+    for _ in range(20):
+        rate = measured(rate, plan_of(prefill=64), 64 * 0.0022)
+    assert chunk_tokens(rate, depth=0, others_decode=True, n_ubatch=512) == 128, "0.24 s by the guess"
+    rate = measured(rate, plan_of(prefill=128), 128 * 0.0012)
+    assert chunk_tokens(rate, depth=0, others_decode=True, n_ubatch=512) == 192
+    rate = measured(measured(rate, plan_of(prefill=192), 192 * 0.002), plan_of(prefill=192), 192 * 0.002)
+    assert chunk_tokens(rate, depth=0, others_decode=True, n_ubatch=512) == 128, "it was dearer than guessed"

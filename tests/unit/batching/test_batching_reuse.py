@@ -24,7 +24,7 @@ from skulk.batching.state import MIN_REUSE, BatchState, Changed
 from tests.support.batches import VOCABULARY, ends_of, request_of, shape_of
 from tests.support.cell_engine import CellEngine, answer_to
 
-FAST = Rate(decode_s=0.001, prefill_s=(0.001,))
+FAST = Rate(decode_s=0.001, prefill_s=((0.001,),))
 """A hundred and more prompt tokens fit a step."""
 
 

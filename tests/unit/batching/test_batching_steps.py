@@ -236,7 +236,7 @@ REQUESTS = st.lists(
 )
 
 
-SLOW = Rate(decode_s=0.001, prefill_s=(0.001,))
+SLOW = Rate(decode_s=0.001, prefill_s=((0.001,),))
 """A hundred prompt tokens fit a step."""
 
 
