@@ -49,9 +49,8 @@ def scripts() -> st.SearchStrategy[Script]:
 
 def random_script(dice: random.Random) -> Script:
     """One script by chance alone."""
-    edits = [
-        (dice.randrange(6), dice.randrange(2**16 + 1), dice.randrange(2**16 + 1)) for _ in range(dice.randrange(9))
-    ]
+    top = 2**16 + 1
+    edits = [(dice.randrange(6), dice.randrange(top), dice.randrange(top)) for _ in range(dice.randrange(9))]
     return dice.randrange(len(seeds())), edits, dice.choice((0, 0, 0, dice.randrange(top)))
 
 
