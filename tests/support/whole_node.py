@@ -32,6 +32,7 @@ def environment(home: Path) -> dict[str, str]:
         MARK: str(home),
         "SKULK_HOME": str(home),
         "SKULK_LLAMA_CPP_PARALLEL": "4",
+        "SKULK_NO_FOREIGN_CACHES": "1",
         "PYTHONUNBUFFERED": "1",
     }
 
