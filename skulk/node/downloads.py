@@ -120,11 +120,13 @@ class Downloads:
         self._places = asyncio.Semaphore(AT_ONCE)
         self._room = asyncio.Lock()
         self._group: asyncio.TaskGroup | None = None
+        self.started: Final = asyncio.Event()
 
     async def run(self) -> None:
         """Owns the downloads until cancelled; then their processes are ended."""
         async with asyncio.TaskGroup() as group:
             self._group = group
+            self.started.set()
             try:
                 await asyncio.get_running_loop().create_future()
             finally:
@@ -193,6 +195,8 @@ class Downloads:
         Raises:
             SkulkError: why it failed.
         """
+        # a node that starts again has runners to bring up before everything of it runs
+        await self.started.wait()
         job = self._job(card)
         if job is None:
             return

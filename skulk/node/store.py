@@ -95,11 +95,14 @@ class Store:
             STORE_REMOVE: self._remove,
             STORE_VERIFY: self._verify,
         }
-        service = await self._bus.serve("store", handlers, node=self._node_id)
-        try:
-            await self._downloads.run()
-        finally:
-            await service.close(drain_s=0.0)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._downloads.run(), name="downloads")
+            await self._downloads.started.wait()
+            service = await self._bus.serve("store", handlers, node=self._node_id)
+            try:
+                await asyncio.get_running_loop().create_future()
+            finally:
+                await service.close(drain_s=0.0)
 
     async def resolve(self, name: str) -> ModelCard:
         """The card of a name of the hub; what was resolved within the last minute is told again.

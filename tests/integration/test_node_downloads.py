@@ -19,7 +19,7 @@ from skulk.node.children import HeaderChecks
 from skulk.node.downloads import Rate, Rules
 from skulk.wire.model import ModelCard
 from skulk.wire.store import FoundModels
-from tests.support.downloading import downloading_node, hub_children, serving_files, wait_for_children
+from tests.support.downloading import DownloadingNode, downloading_node, hub_children, serving_files, wait_for_children
 from tests.support.gguf import TENSORS, Tensor, gguf_bytes, llama_metadata, write_model
 from tests.support.hub import SmallHub
 
@@ -70,6 +70,19 @@ async def test_two_who_want_a_model_share_one_download(small_hub: SmallHub, tmp_
         before = small_hub.sent["tiny-Q4_0.gguf"]
         await asyncio.gather(node.downloads.fetch(card), node.downloads.fetch(card))
         assert small_hub.sent["tiny-Q4_0.gguf"] - before == card.size_bytes
+
+
+async def test_a_runner_that_asks_before_everything_runs_waits(small_hub: SmallHub, tmp_path: Path) -> None:
+    node = DownloadingNode(tmp_path, small_hub.url, Rules(no_hub="it is blocked"), ())
+    card = await resolved(small_hub, REPO)
+    early = asyncio.create_task(node.downloads.fetch(card))
+    await asyncio.sleep(0)
+    assert not early.done()
+    task = asyncio.create_task(node.downloads.run())
+    with pytest.raises(UnavailableError, match="it is blocked"):
+        await early
+    task.cancel()
+    await asyncio.wait({task})
 
 
 async def test_progress_is_told_while_it_comes(small_hub: SmallHub, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 import time
 import tracemalloc
@@ -44,6 +45,13 @@ def scripts() -> st.SearchStrategy[Script]:
     """Which seed, edits of it, and where it is cut (0: not at all)."""
     edit = st.tuples(st.integers(0, 5), st.integers(0, 2**16), st.integers(0, 2**16))
     return st.tuples(st.integers(0, len(seeds()) - 1), st.lists(edit, max_size=10), st.integers(0, 2**16))
+
+
+def random_script(dice: random.Random) -> Script:
+    """One script by chance alone."""
+    top = 2**16 + 1
+    edits = [(dice.randrange(6), dice.randrange(top), dice.randrange(top)) for _ in range(dice.randrange(9))]
+    return dice.randrange(len(seeds())), edits, dice.choice((0, 0, 0, dice.randrange(top)))
 
 
 def file_of(script: Script) -> bytes:

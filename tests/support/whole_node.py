@@ -40,6 +40,7 @@ def environment(home: Path) -> dict[str, str]:
         MARK: str(home),
         "SKULK_HOME": str(home),
         **SMALL_ENGINE,
+        "SKULK_NO_FOREIGN_CACHES": "1",
         "PYTHONUNBUFFERED": "1",
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from skulk.errors import RequestError
 from skulk.models.catalogue import Catalogue
 from skulk.models.config_json import card_from_config, is_vision_config, read_config, read_index
 from skulk.models.shelf import Shelf
+from skulk.node.storehouse import CatalogueFolders
+from skulk.settings import Settings
 from skulk.wire.model import ModelCard, ModelFile
 from tests.support.gguf import write_model
 
@@ -136,3 +139,22 @@ def test_a_shelved_model_that_is_not_whole_is_known_and_not_held(
     entry = catalogue_of(tmp_path).find("org/m:Q8_0")
     assert not entry.is_held
     assert (entry.problem is None) == (is_here == "")
+
+
+def test_a_copied_models_folder_is_complete(tmp_path: Path) -> None:
+    card = shelved(tmp_path / "here")
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    assert catalogue_of(tmp_path / "there").find("org/m:Q8_0").card == card
+    # one folder of it alone is known by what lies in it
+    shutil.copytree(tmp_path / "here" / "org" / "m", tmp_path / "alone" / "org" / "m")
+    assert catalogue_of(tmp_path / "alone").find("org/m").is_held
+
+
+@pytest.mark.parametrize("foreign_caches", [True, False])
+def test_other_programs_folders_are_looked_at_unless_told_not_to(tmp_path: Path, foreign_caches: bool) -> None:
+    settings = Settings(home="h", models_dir="m", models_path=("/given",), foreign_caches=foreign_caches)
+    found = CatalogueFolders(settings, tmp_path, ())
+    assert found.models_path[0] == Path("/given")
+    assert (len(found.models_path) > 1, found.ollama_dir == tmp_path / ".ollama" / "models") == (
+        foreign_caches, foreign_caches
+    )  # fmt: skip
