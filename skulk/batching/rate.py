@@ -31,7 +31,7 @@ _NEW_SHARE: Final = 0.3
 
 
 class Rate(msgspec.Struct, frozen=True, kw_only=True):
-    """Measured seconds; 0: unknown. ``decode_s``: a step that only decodes; ``prefill_s``: of a token, by band, size."""
+    """Measured seconds; 0: unknown. ``decode_s``: a step that only decodes; ``prefill_s``: a token, by band, size."""
 
     decode_s: float = 0.0
     prefill_s: tuple[tuple[float, ...], ...] = ()
