@@ -194,7 +194,7 @@ class _Launcher:
         self._running.nats_url = shown_url(address.url)
         self._running.nats_options = nats_options(address)
         bus = await self._connect(address)
-        replica = Replica(bus, self._clock, load_state(self._home, bus.cluster))
+        replica = Replica(bus, self._clock, load_state(self._home, bus.cluster), keeps=True)
         await replica.start()
         self._stack.push_async_callback(replica.close)
         self._bus, self._replica = bus, replica

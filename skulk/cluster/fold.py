@@ -51,7 +51,7 @@ def fold(state: ClusterState, record: EventRecord) -> ClusterState:
         case TermBegan():
             changed = state
         case InstanceCreated():
-            changed = _created(state, event.instance, position)
+            changed = _created(state, event, position)
         case InstanceAssigned():
             changed = _assigned(state, event, position)
         case InstanceUnassigned():
@@ -71,7 +71,8 @@ def fold(state: ClusterState, record: EventRecord) -> ClusterState:
     return msgspec.structs.replace(changed, position=position)
 
 
-def _created(state: ClusterState, instance: Instance, position: Position) -> ClusterState:
+def _created(state: ClusterState, event: InstanceCreated, position: Position) -> ClusterState:
+    instance = msgspec.structs.replace(event.instance, command_id=event.command_id or event.instance.command_id)
     tombstone = state.tombstones.get(instance.instance_id)
     if tombstone is None:
         return _with_instance(state, msgspec.structs.replace(instance, born=position, position=position))
@@ -111,6 +112,7 @@ def _deleted(state: ClusterState, event: InstanceDeleted, position: Position) ->
         position=position,
         deleted_at=event.deleted_at,
         last_epoch=max(0 if known is None else known.last_epoch for known in (instance, earlier)),
+        command_id=event.command_id,
     )
     return msgspec.structs.replace(
         state,

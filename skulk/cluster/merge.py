@@ -12,11 +12,15 @@ outlives a tombstone, the one that wins does, in any order of merging. A deletio
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from skulk.wire.state import ClusterState, Drain, Instance, Position, Tombstone
 
 T = TypeVar("T")
+
+DAY_S: Final = 24 * 3600.0
+TOMBSTONE_S: Final = 30 * DAY_S
+"""How long a deletion is remembered."""
 
 
 def merge(a: ClusterState, b: ClusterState) -> ClusterState:
@@ -35,6 +39,30 @@ def merge(a: ClusterState, b: ClusterState) -> ClusterState:
         drains=_united(a.drains, b.drains, _drain_rank),
         partial=a.partial or b.partial,
     )
+
+
+def lacks(known: ClusterState, other: ClusterState, wall: float) -> bool:
+    """Whether ``other`` holds what ``known`` lacks: an instance, a newer version of one, a deletion, a drain.
+
+    Tombstones that are nearly as old as they get don't count: ``known`` may have forgotten them by now. ``wall``:
+    seconds since the epoch. Cost: O(size of ``other``).
+    """
+    for name, found in other.instances.items():
+        if _is_covered(found, known.tombstones):
+            continue
+        own = known.instances.get(name)
+        if own is None or _instance_rank(own) < _instance_rank(found):
+            return True
+    for name, tombstone in other.tombstones.items():
+        own_stone = known.tombstones.get(name)
+        is_old = wall - tombstone.deleted_at > TOMBSTONE_S - DAY_S
+        if not is_old and (own_stone is None or own_stone.position < tombstone.position):
+            return True
+    for name, drain in other.drains.items():
+        own_drain = known.drains.get(name)
+        if own_drain is None or own_drain.position < drain.position:
+            return True
+    return False
 
 
 def _united(a: dict[str, T], b: dict[str, T], rank: Callable[[T], tuple[object, ...]]) -> dict[str, T]:

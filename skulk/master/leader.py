@@ -6,12 +6,15 @@ import asyncio
 import logging
 from typing import Final
 
+import msgspec
+
 from skulk.bus.port import Bus
 from skulk.bus.replica import Replica
 from skulk.clock import Clock
-from skulk.cluster.view import ClusterView, with_state
+from skulk.cluster.view import ClusterView, followers_of, with_state
 from skulk.errors import RequestError, ServiceError, UnavailableError
 from skulk.ids import commanded_instance_id, ensured_instance_id, is_token
+from skulk.master.drains import drained_node
 from skulk.master.ledger import Ledger
 from skulk.master.upkeep import (
     Rules,
@@ -23,9 +26,17 @@ from skulk.master.upkeep import (
     with_missing,
     without_expired,
 )
+from skulk.master.waiting import Waiting
 from skulk.placement.decision import place
 from skulk.wire.beats import RunnerStatus
-from skulk.wire.commands import DeleteInstance, DeleteReply, PlacementReply, PlaceModel
+from skulk.wire.commands import (
+    DeleteInstance,
+    DeleteReply,
+    DrainNode,
+    DrainReply,
+    PlacementReply,
+    PlaceModel,
+)
 from skulk.wire.events import InstanceCreated, InstanceDeleted, InstanceUnassigned
 from skulk.wire.placement import PlacementDecision, PlacementRequest
 from skulk.wire.state import Assignment, ClusterState, Instance, Term
@@ -42,11 +53,16 @@ UPKEEP_S: Final = 0.5
 class Leader:
     """What the master does during one term; made when the term begins, dropped when it ends."""
 
-    def __init__(self, bus: Bus, replica: Replica, clock: Clock, term: Term, rules: Rules) -> None:
+    def __init__(
+        self, bus: Bus, replica: Replica, clock: Clock, term: Term, rules: Rules, waiting: Waiting | None = None
+    ) -> None:
+        self._waiting = Waiting(clock) if waiting is None else waiting
         self._replica = replica
         self._clock = clock
         self._rules = rules
-        self._ledger = Ledger(bus, clock, replica.view.state, term, replica.follow)
+        self._ledger = Ledger(
+            bus, clock, replica.view.state, term, replica.follow, lambda: followers_of(replica.view, term.node_id)
+        )
         self._upkeep = Upkeep(settles_at=clock.now() + SETTLE_S)
         self._placing: set[str] = set()
 
@@ -87,6 +103,8 @@ class Leader:
         request = command.request
         if command.ensure and (known := self._known(request.card.model_id)) is not None:
             return self._reply(command, known, existed=True)
+        if commanded_instance_id(command.command_id) in self.state.tombstones:
+            raise _deleted_meanwhile(commanded_instance_id(command.command_id))
         decision = await self._decide(request)
         if decision.outcome == "pending":
             raise UnavailableError("facts_pending", decision.reason, retry_after_s=5)
@@ -120,7 +138,8 @@ class Leader:
             RequestError: ``instance_not_found``.
         """
         instance = self.state.instances.get(command.instance_id)
-        if instance is None and isinstance(self._replica.event_of(command.command_id), InstanceDeleted):
+        tombstone = self.state.tombstones.get(command.instance_id)
+        if instance is None and tombstone is not None and tombstone.command_id == command.command_id:
             # an earlier master did it and could not answer any more
             return self._deleted(command)
         if instance is None:
@@ -134,16 +153,33 @@ class Leader:
             await self._replica.wait_until(lambda view: _is_gone(view.runners.get(runner)), STOP_WAIT_S)
         return self._deleted(command)
 
+    async def drain(self, command: DrainNode) -> DrainReply:
+        """Begins or ends a drain; the upkeep moves the instances from now on.
+
+        Raises:
+            RequestError: ``node_not_found``.
+        """
+        node_id, event = drained_node(self.view, command, self._clock.wall())
+        if event is not None:
+            self._ledger.append(event)
+        here = tuple(
+            sorted(
+                name
+                for name, found in self.state.instances.items()
+                if found.assignment is not None and found.assignment.node_id == node_id
+            )
+        )
+        return DrainReply(
+            command_id=command.command_id, node_id=node_id, instance_ids=here, position=self.state.position
+        )
+
     def _deleted(self, command: DeleteInstance) -> DeleteReply:
         return DeleteReply(command_id=command.command_id, instance_id=command.instance_id, position=self.state.position)
 
     def _begun(self, command: PlaceModel) -> str | None:
         """The instance that this command made under an earlier master who could not answer any more."""
-        event = self._replica.event_of(command.command_id)
-        if isinstance(event, InstanceCreated):
-            return event.instance.instance_id
-        own = commanded_instance_id(command.command_id)
-        return own if own in self.state.instances else None
+        found = (name for name, known in self.state.instances.items() if known.command_id == command.command_id)
+        return next(found, None)
 
     def _known(self, model_id: str) -> Instance | None:
         """An instance of the model, whoever asked for it: what ``ensure`` needs to be there."""
@@ -174,7 +210,7 @@ class Leader:
             self._placing.discard(instance_id)
         placed = self.state.instances.get(instance_id)
         if placed is None:
-            raise RequestError("instance_not_found", f"the instance {instance_id} was deleted while it was placed")
+            raise _deleted_meanwhile(instance_id)
         if placed.assignment is None and not command.ensure:
             self._ledger.append(InstanceDeleted(instance_id=instance_id, deleted_at=self._clock.wall()))
             raise RequestError("unplaceable", refusal or f"no node takes the instance {instance_id}")
@@ -241,7 +277,8 @@ class Leader:
             await asyncio.sleep(UPKEEP_S)
             now = self._clock.now()
             view = self.view
-            self._upkeep = without_expired(with_missing(self._upkeep, view, now), view, now)
+            kept = without_expired(with_missing(self._upkeep, view, now), view, now)
+            self._upkeep = msgspec.structs.replace(kept, waited=self._waiting.models())
             for instance in refused_by(view):
                 assert instance.assignment is not None
                 self._upkeep = with_barred(self._upkeep, instance.instance_id, instance.assignment.node_id, now)
@@ -266,6 +303,10 @@ def _instance_id(command: PlaceModel) -> str:
     if command.ensure:
         return ensured_instance_id(command.request.card.model_id)
     return command.instance_id or commanded_instance_id(command.command_id)
+
+
+def _deleted_meanwhile(instance_id: str) -> RequestError:
+    return RequestError("instance_not_found", f"the instance {instance_id} was deleted while it was placed")
 
 
 def _answer_missing(view: ClusterView, instance: Instance) -> bool:

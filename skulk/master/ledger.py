@@ -42,16 +42,24 @@ class Ledger:
         state: what the term starts from.
         term: this mastership.
         on_append: told of each event at once: what the master has written, its own node must never lack.
+        followers: how many live nodes follow, for the beat.
     """
 
     def __init__(
-        self, bus: Bus, clock: Clock, state: ClusterState, term: Term, on_append: Callable[[EventRecord], None]
+        self,
+        bus: Bus,
+        clock: Clock,
+        state: ClusterState,
+        term: Term,
+        on_append: Callable[[EventRecord], None],
+        followers: Callable[[], int],
     ) -> None:
         self._bus = bus
         self._clock = clock
         self._term = term
         self._state = state
         self._on_append = on_append
+        self._followers = followers
         self._is_closed = False
         self._unsent: asyncio.Queue[EventRecord | MasterBeat] = asyncio.Queue(UNSENT_EVENTS)
         self.append(TermBegan(state_hash=state_hash(state)))
@@ -100,6 +108,7 @@ class Ledger:
                     position=self._state.position,
                     state_hash=state_hash(self._state),
                     at=self._clock.wall(),
+                    followers=self._followers(),
                 )
             )
             await asyncio.sleep(MASTER_BEAT_S)

@@ -177,6 +177,7 @@ class Node:
             route=roles.route,
             api=roles.api,
             hears=tuple(sorted(view.nodes)),
+            unmerged=self._replica.is_unmerged,
         )
 
     async def _snapshot(self, call: Call[SnapshotRequest]) -> Snapshot:

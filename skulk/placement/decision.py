@@ -28,7 +28,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from skulk.cluster.view import ClusterView, NodeView, liveness_of
+from skulk.cluster.view import ClusterView, NodeView, drain_of, liveness_of
 from skulk.ids import runner_id
 from skulk.placement.backends import Ranked, rank_of
 from skulk.placement.memory import Fit, context_limit, fit_context, largest_context, least_need
@@ -199,8 +199,8 @@ def _unwanted(view: ClusterView, request: PlacementRequest, node: NodeView) -> _
         return _Verdict("excluded", "named in excluded_nodes")
     if request.node_ids and not names & set(request.node_ids):  # e.
         return _Verdict("not_selected", f"node_ids names only {', '.join(request.node_ids)}")
-    drain = view.state.drains.get(node.beat.node_id)
-    if drain is not None and drain.active:  # f.
+    drain = drain_of(view, node.beat.node_id)
+    if drain is not None:  # f.
         return _Verdict("draining", drain.reason or "takes no new work")
     return None
 

@@ -102,6 +102,8 @@ class NodeBeat(Wire, frozen=True, kw_only=True):
         route: ``host:port`` of its nats-server's routes; None on loopback only.
         api: ``host:port`` of its gateway; None without one.
         hears: the nodes whose beats it hears.
+        unmerged: its state holds what the master's lacks; the master's next round takes it in.
+        leaving: its last beat: it stops in order and is not to be waited for.
     """
 
     node_id: str
@@ -126,23 +128,33 @@ class NodeBeat(Wire, frozen=True, kw_only=True):
     route: str | None = None
     api: str | None = None
     hears: tuple[str, ...] = ()
+    unmerged: bool = False
+    leaving: bool = False
 
 
 class MasterBeat(Wire, frozen=True, kw_only=True):
-    """The master's beat, every 0.5 s: its term, position, and the digest of its state."""
+    """The master's beat, every 0.5 s: its term, position, and the digest of its state.
+
+    ``followers``: live nodes whose beats name it; decides who leads when two masters meet.
+    """
 
     node_id: str
     term: Term
     position: Position
     state_hash: str
     at: float
+    followers: int = 0
 
 
 class GatewayBeat(Wire, frozen=True, kw_only=True):
-    """A gateway's beat, every second, so that runners cancel the requests of one that is gone."""
+    """A gateway's beat, every second, so that runners cancel the requests of one that is gone.
+
+    ``waiting``: models that requests wait for because no instance of them is ready.
+    """
 
     gateway_id: str
     incarnation: str
     node_id: str
     at: float
     open_streams: int = 0
+    waiting: tuple[str, ...] = ()

@@ -60,6 +60,7 @@ class Instance(Wire, frozen=True, kw_only=True):
         created_at: seconds since the epoch.
         born: position of the event that created it; a tombstone covers what was born up to its position.
         position: of the event that wrote this version.
+        command_id: of the client's command that created it: the command, repeated, finds it.
     """
 
     instance_id: str
@@ -70,6 +71,7 @@ class Instance(Wire, frozen=True, kw_only=True):
     created_at: float = 0.0
     born: Position = ORIGIN
     position: Position = ORIGIN
+    command_id: str = ""
 
     @property
     def model_id(self) -> str:
@@ -82,12 +84,14 @@ class Tombstone(Wire, frozen=True, kw_only=True):
     Attributes:
         last_epoch: of the deleted instance; one that is made again under this id goes on from there, so that no
             runner id is ever used twice.
+        command_id: of the client's command that deleted it.
     """
 
     instance_id: str
     position: Position
     deleted_at: float
     last_epoch: int = 0
+    command_id: str = ""
 
 
 class Drain(Wire, frozen=True, kw_only=True):
@@ -96,12 +100,14 @@ class Drain(Wire, frozen=True, kw_only=True):
     Attributes:
         since: seconds since the epoch.
         position: of the event that wrote this version; the higher wins in a merge.
+        incarnation: of a node that was being stopped; the drain is over for any other one. Empty: it holds until undone.
     """
 
     node_id: str
     since: float
     reason: str = ""
     active: bool = True
+    incarnation: str = ""
     position: Position = ORIGIN
 
 
