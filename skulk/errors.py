@@ -97,6 +97,7 @@ ERRORS: Final[dict[str, ErrorCode]] = {
     "home_not_writable": _start(60007, 1),
     "child_failed": _start(60008, 1),
     "cluster_not_reached": _start(60009, 1),
+    "node_id_in_use": _start(60010, 75),
 }
 
 

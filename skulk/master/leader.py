@@ -65,6 +65,7 @@ class Leader:
         )
         self._upkeep = Upkeep(settles_at=clock.now() + SETTLE_S)
         self._placing: set[str] = set()
+        self._ensured: set[str] = set()
 
     @property
     def state(self) -> ClusterState:
@@ -102,7 +103,7 @@ class Leader:
             return await self._find_node(command, begun)
         request = command.request
         if command.ensure and (known := self._known(request.card.model_id)) is not None:
-            return self._reply(command, known, existed=True)
+            return self._existing(command, known)
         if commanded_instance_id(command.command_id) in self.state.tombstones:
             raise _deleted_meanwhile(commanded_instance_id(command.command_id))
         decision = await self._decide(request)
@@ -111,7 +112,7 @@ class Leader:
         if decision.outcome == "unplaceable" and not command.ensure:
             raise RequestError("unplaceable", decision.reason)
         if command.ensure and (known := self._known(request.card.model_id)) is not None:
-            return self._reply(command, known, existed=True)
+            return self._existing(command, known)
         instance = Instance(
             instance_id=_instance_id(command),
             request=request,
@@ -211,6 +212,8 @@ class Leader:
         placed = self.state.instances.get(instance_id)
         if placed is None:
             raise _deleted_meanwhile(instance_id)
+        if placed.assignment is None and instance_id in self._ensured:
+            raise RequestError("unplaceable", f"{refusal}; the instance {instance_id}, wanted by others too, stays pending")
         if placed.assignment is None and not command.ensure:
             self._ledger.append(InstanceDeleted(instance_id=instance_id, deleted_at=self._clock.wall()))
             raise RequestError("unplaceable", refusal or f"no node takes the instance {instance_id}")
@@ -251,6 +254,11 @@ class Leader:
         self._upkeep = with_barred(self._upkeep, instance_id, assignment.node_id, self._clock.now())
         self._ledger.append(InstanceUnassigned(instance_id=instance_id, reason=reason))
         return reason
+
+    def _existing(self, command: PlaceModel, known: Instance) -> PlacementReply:
+        """The answer that promises an instance which is there: from now on it stays, even if it finds no node."""
+        self._ensured.add(known.instance_id)
+        return self._reply(command, known, existed=True)
 
     def _reply(
         self,

@@ -20,6 +20,7 @@ from skulk.errors import RequestError, SkulkError
 from skulk.node.hosting import Hosting
 from skulk.node.identity import NodeIdentity
 from skulk.node.storage import StateFile
+from skulk.node.twins import Twins
 from skulk.wire.base import PROTOCOL
 from skulk.wire.beats import DiskFacts, HealthReason, MemoryFacts, NodeBeat, Role, SystemFacts
 from skulk.wire.commands import History, HistoryRequest, Snapshot, SnapshotRequest
@@ -99,10 +100,16 @@ class Node:
         self._roles = roles
         self._started_at = clock.wall()
         self._measured: Measured | None = None
+        self._twins = Twins(identity.node_id, identity.incarnation, self._started_at)
 
     async def run(self) -> None:
-        """Plays the role until cancelled; then its runners are stopped and the state is on disk."""
+        """Plays the role until cancelled; then its runners are stopped and the state is on disk.
+
+        Raises:
+            StartError: ``node_id_in_use``: another process, started before this one, has the same identity.
+        """
         replica = self._replica
+        stop_nodes = replica.on_node_beat(lambda beat: self._twins.heard(beat, self._clock.now()))
         stop_listening = replica.on_change(self._view_changed)
         stop_statuses = replica.on_runner_status(self._hosting.heard)
         node_id = self._identity.node_id
@@ -114,7 +121,9 @@ class Node:
                 tasks.create_task(self._beat(tasks), name="node-beat")
                 tasks.create_task(self._hosting.run(), name="hosting")
                 tasks.create_task(self._state_file.run(), name="state-file")
+                tasks.create_task(self._twins.stop_for_one(), name="twins")
         finally:
+            stop_nodes()
             stop_listening()
             stop_statuses()
             await self._state_file.flush()

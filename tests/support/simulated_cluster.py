@@ -15,20 +15,25 @@ import msgspec
 
 from skulk.bus.memory_bus import MemoryBus, MemoryHub
 from skulk.bus.replica import Replica
-from skulk.bus.subjects import MASTER_DELETE, MASTER_DRAIN, MASTER_PLACE, Endpoint
+from skulk.bus.subjects import GATEWAY_BEAT, MASTER_DELETE, MASTER_DRAIN, MASTER_PLACE, Endpoint
 from skulk.bus.transport import Raw
 from skulk.cluster.fold import state_hash
 from skulk.cluster.merge import lacks, merge
 from skulk.cluster.reconcile import wanted_of
+from skulk.cluster.view import drain_of, with_state
 from skulk.errors import SkulkError
 from skulk.gateway.masters import Masters
+from skulk.ids import ensured_instance_id
+from skulk.placement.decision import place
+from skulk.wire.beats import GatewayBeat
 from skulk.wire.commands import DeleteInstance, DeleteReply, DrainNode, PlacementReply, PlaceModel
+from skulk.wire.events import EventRecord
 from skulk.wire.placement import PlacementRequest
 from skulk.wire.state import ClusterState, Position, Term
 from tests.support.simulated_node import MODELS, Disk, Life, Machine
 from tests.support.simulated_witness import Meetings, Witness
 from tests.support.states import GIB, card
-from tests.support.virtual_time import VirtualClock, VirtualLoop
+from tests.support.virtual_time import EPOCH_S, VirtualClock, VirtualLoop
 
 R = TypeVar("R")
 
@@ -50,6 +55,22 @@ class Client:
         self.masters = Masters(self.bus, self.replica, clock)
         self.task: asyncio.Task[None] | None = None
 
+    async def run(self, dice: random.Random) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.replica.run())
+            tasks.create_task(self._beat(dice))
+
+    async def _beat(self, dice: random.Random) -> None:
+        """Requests wait for a model now and then."""
+        waiting: tuple[str, ...] = ()
+        while True:
+            if dice.random() < 0.1:
+                waiting = (dice.choice(MODELS),) if dice.random() < 0.5 else ()
+            beat = GatewayBeat(gateway_id=self.name, incarnation="0001", node_id="n0", at=0.0, waiting=waiting)
+            if self.bus.state == "connected":
+                await self.bus.publish(GATEWAY_BEAT, beat, gateway=self.name)
+            await asyncio.sleep(1.0)
+
 
 class SimulatedCluster:
     """The nodes, two clients, the network and the dice.
@@ -62,7 +83,7 @@ class SimulatedCluster:
     def __init__(self, seed: int, nodes: int) -> None:
         self.random = random.Random(seed)
         self.clocks = {f"n{number}": VirtualClock() for number in range(nodes)}
-        self.witness = Witness()
+        self.witness = Witness(self)
         self.hub = MemoryHub(seed=seed)
         self.hub.disturb = self._disturb
         self.is_rough = False
@@ -79,6 +100,9 @@ class SimulatedCluster:
         self.drained: set[str] = set()
         self.meetings = Meetings(2.5)
         self._apart_until: dict[frozenset[str], float] = {}
+        self._apart_since: dict[frozenset[str], float] = {}
+        self._leads_since: dict[str, float] = {}
+        self._paused: dict[Term, float] = {}
         self._asked = 0
         self._watch: asyncio.Task[None] | None = None
         self.loop: VirtualLoop | None = None
@@ -87,7 +111,7 @@ class SimulatedCluster:
     def note(self, text: str) -> None:
         """A line of the story; `story`, where it is set, is given each."""
         if self.story is not None:
-            self.story(f"{self._now():9.3f} {text}")
+            self.story(f"{self.now():9.3f} {text}")
 
     # The network
 
@@ -120,7 +144,7 @@ class SimulatedCluster:
         self.loop = loop
         for client in self.clients:
             await client.replica.start()
-            client.task = asyncio.create_task(client.replica.run(), name=client.name)
+            client.task = asyncio.create_task(client.run(self.random), name=client.name)
         for name in self.clocks:
             await self.start_node(name)
         self._watch = asyncio.create_task(self._look(), name="watch")
@@ -129,6 +153,7 @@ class SimulatedCluster:
         """Starts a node on what its disk holds."""
         machine = Machine(self.random.choice((3, 5, 9)) * GIB, self.random)
         life = self.lives[name] = Life(self.hub, name, name, self.clocks[name], machine, self.disks[name])
+        self._note_apart_from(name)
         await life.start()
         return life
 
@@ -183,35 +208,88 @@ class SimulatedCluster:
     async def _look(self) -> None:
         while True:
             await asyncio.sleep(0.1)
+            now = self.now()
             self._note_apart()
-            self.meetings.look(
-                {name for name, life in self.lives.items() if life.is_leading},
-                {pair for pair, until in self._apart_until.items() if until > self._now()},
-                self._now(),
-            )
+            leading = {name for name, life in self.lives.items() if life.is_leading}
+            self._leads_since = {name: self._leads_since.get(name, now) for name in leading}
+            for name in leading:
+                assert self.lives[name].bus.state == "connected", f"{name} leads without a bus"
+            self.meetings.look(leading, {pair for pair, until in self._apart_until.items() if until > now}, now)
 
-    def _now(self) -> float:
+    def now(self) -> float:
         return self.clients[0].bus.clock.now()
 
     def note_trouble(self, seconds: float) -> None:
-        """Nobody is held to the time of a meeting for a while."""
+        """Nobody is held to what takes a quiet network for a while."""
         for one in self.clocks:
             for other in self.clocks:
                 pair = frozenset((one, other))
-                self._apart_until[pair] = max(self._apart_until.get(pair, 0.0), self._now() + seconds)
+                self._apart_until[pair] = max(self._apart_until.get(pair, 0.0), self.now() + seconds)
 
     def _note_apart(self) -> None:
         """Pairs that can't hear each other now, and half a second more: the next beat has to cross first."""
-        assert self.loop is not None
         if self.is_rough or self.slow or self.clones:
             self.note_trouble(1.0)
-            return
-        for one, life in self.lives.items():
-            alone = life.bus.state != "connected" or self.loop.is_frozen(one)
-            for other in self.lives:
-                is_cut = (one, other) in self.cuts or (other, one) in self.cuts
-                if alone or is_cut or self.sides.get(one, 0) != self.sides.get(other, 0):
-                    self._apart_until[frozenset((one, other))] = self._now() + 0.6
+        apart = {pair for name in self.clocks for pair in self._pairs_apart(name)}
+        for pair in apart:
+            self._apart_until[pair] = max(self._apart_until.get(pair, 0.0), self.now() + 0.6)
+        self._apart_since = {pair: self._apart_since.get(pair, self.now()) for pair in apart}
+
+    def _note_apart_from(self, name: str) -> None:
+        for other in self.clocks:
+            self._apart_until[frozenset((name, other))] = self.now() + 1.0
+
+    def _pairs_apart(self, one: str) -> set[frozenset[str]]:
+        assert self.loop is not None
+        others = [name for name in self.clocks if name != one]
+        life = self.lives.get(one)
+        if life is None or life.bus.state != "connected" or self.loop.is_frozen(one):
+            return {frozenset((one, other)) for other in others}
+        return {
+            frozenset((one, other))
+            for other in others
+            if (one, other) in self.cuts
+            or (other, one) in self.cuts
+            or self.sides.get(one, 0) != self.sides.get(other, 0)
+        }
+
+    def note_pause(self, name: str) -> None:
+        """A node is suspended, or has lost its bus: the term that it leads now, if any, is over."""
+        life = self.lives.get(name)
+        if life is not None and life.is_leading:
+            self._paused.setdefault(life.state.position.term, self.now())
+
+    # What the witness asks
+
+    def have_heard(self, one: str, other: str) -> bool:
+        return one in self.lives and other in self.lives and self.now() > self._apart_until.get(frozenset((one, other)), 0.0) + 2.4
+
+    def others_hear(self, candidate: str) -> str:
+        if candidate in self._leads_since or candidate not in self.lives:
+            return ""
+        for master, since in self._leads_since.items():
+            if master not in self.lives or not self.lives[master].is_leading or self.now() - since < 3.0:
+                continue
+            between = (name for name in self.lives if self.have_heard(candidate, name))
+            if any(name == master or self.have_heard(name, master) for name in between):
+                return master
+        return ""
+
+    def is_stale(self, record: EventRecord, writer: str) -> bool:
+        paused_at = self._paused.get(record.position.term)
+        if paused_at is None or writer not in self.clocks:
+            return False
+        written_at = record.at - EPOCH_S - self.clocks[writer].wall_offset_s
+        return paused_at + 0.15 < written_at <= self.now() + 0.01
+
+    def is_minority(self, name: str) -> bool:
+        life = self.lives.get(name)
+        if life is None or self.clones or len(life.replica.view.known) < len(self.clocks):
+            return False
+        far = sum(
+            1 for other in self.clocks if self.now() - self._apart_since.get(frozenset((name, other)), self.now()) >= 6.0
+        )
+        return 2 * (len(self.clocks) - far) < len(self.clocks)
 
     def check(self) -> None:
         """Raises what went wrong so far."""
@@ -236,13 +314,16 @@ class SimulatedCluster:
         reply = await self._ask(client, MASTER_PLACE, command)
         if isinstance(reply, PlacementReply) and reply.decision.outcome == "placed":
             self.told[reply.instance_id] = command.command_id
+            if self.clones:
+                # a clone that stops takes what only it knew along
+                self.unsure.add(reply.instance_id)
 
     async def delete(self, client: Client, instance_id: str) -> None:
         """Deletes an instance; without an answer nobody knows whether it is deleted."""
         self._asked += 1
         self.unsure.add(instance_id)
         reply = await self._ask(client, MASTER_DELETE, DeleteInstance(command_id=f"c{self._asked}", instance_id=instance_id))
-        if isinstance(reply, DeleteReply):
+        if isinstance(reply, DeleteReply) and not self.clones:
             self.deleted.add(instance_id)
 
     async def drain(self, client: Client, name: str, *, undo: bool) -> None:
@@ -274,6 +355,22 @@ class SimulatedCluster:
             wanted, running = set(wanted_of(state, name)), set(life.machine.used)
             if wanted != running:
                 return f"{name} runs {sorted(running)}, not {sorted(wanted)}"
+        return self._misplaced(self.lives[leading[0]])
+
+    def _misplaced(self, master: Life) -> str:
+        """An instance that lies where it shouldn't, or nowhere though a node fits."""
+        view = with_state(master.replica.view, master.state)
+        for instance in view.state.instances.values():
+            node = None if instance.assignment is None else instance.assignment.node_id
+            if node is not None and node in self.lives and drain_of(view, node) is None:
+                continue
+            if node is not None and node in self.lives:
+                return f"{instance.instance_id} is on {node}, which is drained"
+            is_barred = instance.reason.startswith(("the download", "memory", "backend"))
+            fits = place(view, instance.request, self.now()).outcome == "placed"
+            if fits and not is_barred:
+                where = "is pending" if node is None else f"is on {node}, which is lost,"
+                return f"{instance.instance_id} {where} though a node fits"
         return ""
 
     def _replicas(self) -> list[tuple[str, Replica]]:
@@ -294,6 +391,4 @@ class SimulatedCluster:
 
     def _made_again(self) -> set[str]:
         """Ids that an ``ensure`` may have used again after their deletion."""
-        from skulk.ids import ensured_instance_id
-
         return {ensured_instance_id(model_id) for model_id in MODELS}

@@ -34,8 +34,9 @@ async def drain(cluster: SimulatedCluster) -> None:
     name = cluster.random.choice(sorted(cluster.clocks))
     client = cluster.random.choice(cluster.clients)
     await cluster.drain(client, name, undo=False)
-    await asyncio.sleep(cluster.random.uniform(0.0, 10.0))
-    await cluster.drain(client, name, undo=True)
+    if cluster.random.random() < 0.7:
+        await asyncio.sleep(cluster.random.uniform(0.0, 10.0))
+        await cluster.drain(client, name, undo=True)
 
 
 async def rough_network(cluster: SimulatedCluster) -> None:
@@ -57,7 +58,7 @@ async def partition(cluster: SimulatedCluster) -> None:
     count = cluster.random.choice((2, 2, 3))
     names = (*cluster.clocks, *(client.name for client in cluster.clients))
     cluster.sides = {name: cluster.random.randrange(count) for name in sorted(names)}
-    await asyncio.sleep(cluster.random.choice((1.0, 4.0, 12.0, 20.0)))
+    await asyncio.sleep(cluster.random.choice((1.0, 4.0, 12.0, 27.0)))
     cluster.sides = {}
 
 
@@ -99,12 +100,13 @@ async def suspend(cluster: SimulatedCluster) -> None:
     if life is None or loop.is_frozen(name):
         return
     loop.freeze(name)
-    seconds = cluster.random.choice((0.5, 1.2, 2.5, 6.0, 15.0))
+    seconds = cluster.random.choice((0.5, 1.3, 2.5, 6.0, 15.0))
+    if seconds > 1.2:
+        cluster.note_pause(name)
     await asyncio.sleep(seconds)
     if seconds > BUS_GIVES_UP_S and life.bus.state == "connected":
         loop.thaw(name)
         cluster.hub.disconnect(life.bus)
-        await asyncio.sleep(0.05)
     else:
         loop.thaw(name)
     if life.bus.state == "disconnected":
@@ -118,6 +120,7 @@ async def outage(cluster: SimulatedCluster) -> None:
         buses = [cluster.random.choice(buses)]
     lost = [bus for bus in buses if bus.state == "connected"]
     for bus in lost:
+        cluster.note_pause(bus.name)
         cluster.hub.disconnect(bus)
     await asyncio.sleep(cluster.random.choice((0.05, 0.5, 2.0, 6.0)))
     for bus in lost:
@@ -133,12 +136,11 @@ async def clocks(cluster: SimulatedCluster) -> None:
 
 
 async def clone(cluster: SimulatedCluster) -> None:
-    """A copied home runs beside its original for a while."""
+    """A copied home runs beside its original, until one of the two has stopped."""
     name = cluster.random.choice(sorted(cluster.clocks))
     if cluster.clones or name not in cluster.lives or not cluster.disks[name].bodies:
         return
     await cluster.clone_node(name)
-    await asyncio.sleep(cluster.random.uniform(3.0, 8.0))
 
 
 async def refuse(cluster: SimulatedCluster) -> None:
@@ -162,6 +164,7 @@ FAULTS: Final[dict[Deed, int]] = {
     outage: 2,
     clocks: 1,
     refuse: 1,
+    clone: 1,
 }
 
 
@@ -190,14 +193,19 @@ async def _done(deed: Deed, cluster: SimulatedCluster) -> None:
 
 
 async def mended(cluster: SimulatedCluster) -> None:
-    """Everything is well again, and every node runs."""
+    """Everything is well again, and every node runs, but one perhaps whose loss takes no knowledge along."""
     cluster.is_rough = False
     cluster.slow.clear()
     cluster.cuts.clear()
     cluster.sides = {}
-    for clone_life in cluster.clones:
-        await clone_life.kill()
-    cluster.clones.clear()
+    for copy in tuple(cluster.clones):
+        await asyncio.sleep(8.0)
+        original = cluster.lives.get(copy.node_id)
+        if original is not None:
+            stopped = sum(1 for life in (original, copy) if life.refusal is not None)
+            assert stopped == 1, f"{stopped} of two nodes with the id {copy.node_id} stopped"
+        await copy.kill()
+        cluster.clones.remove(copy)
     for name in cluster.clocks:
         life = cluster.lives.get(name)
         if life is not None and life.refusal is not None:
@@ -205,6 +213,12 @@ async def mended(cluster: SimulatedCluster) -> None:
             life = None
         if life is None:
             await cluster.start_node(name)
+    if len(cluster.clocks) > 1 and cluster.random.random() < 0.3:
+        await asyncio.sleep(10.0)
+        name = cluster.random.choice(sorted(cluster.clocks))
+        if cluster.is_safe_to_lose(name):
+            cluster.note(f"{name} stays away")
+            await cluster.kill_node(name)
 
 
 async def simulate(seed: int, nodes: int | None = None) -> None:

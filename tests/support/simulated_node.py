@@ -140,6 +140,7 @@ class Life:
         self.incarnation = hub.new_id()[:8]
         self.protocol = PROTOCOL
         self.failure: BaseException | None = None
+        self._ending: asyncio.Task[None] | None = None
         self._context = contextvars.copy_context()
         self._context.run(OWNER.set, name)
         self._context.run(self._build, hub, clock, disk)
@@ -172,7 +173,7 @@ class Life:
 
     @property
     def is_leading(self) -> bool:
-        return self.master.state is not None
+        return self.master.state is not None and not self.machine.is_off
 
     @property
     def state(self) -> ClusterState:
@@ -190,6 +191,7 @@ class Life:
             await role  # type: ignore[misc]
         except Exception as error:  # noqa: BLE001 - told by `failure`
             self.failure = self.failure or error
+            self._ending = asyncio.get_running_loop().create_task(self.kill())
 
     @property
     def refusal(self) -> SkulkError | None:
@@ -207,7 +209,8 @@ class Life:
         self.machine.is_off = True
         self.bus.memory.hub.forget(self.bus.memory)
         self.bus.memory.break_off("closed")
-        for task in self._tasks:
+        ending = [task for task in self._tasks if not task.done()]
+        for task in ending:
             task.cancel()
         loop.thaw(self.name)
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*ending, return_exceptions=True)

@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from skulk.bus.subjects import EVENT, MASTER_BEAT, NODE_BEAT
 from skulk.bus.transport import Raw
+from skulk.master.upkeep import MINORITY_WAIT_S
 from skulk.wire.base import decode
-from skulk.wire.events import InstanceCreated
+from skulk.wire.events import EventRecord, InstanceAssigned, InstanceCreated, TermBegan
 from skulk.wire.state import Position, Term
+
+GRACE_S = 5.0
+
+
+class Scene(Protocol):
+    """What the witness may ask about the cluster."""
+
+    def now(self) -> float: ...
+
+    def others_hear(self, candidate: str) -> str:
+        """A living master that somebody hears whom this node hears, all of it for 3 s; empty where there is none."""
+        ...
+
+    def have_heard(self, one: str, other: str) -> bool:
+        """Whether two nodes have heard each other without a break for 3 s."""
+        ...
+
+    def is_stale(self, record: EventRecord, writer: str) -> bool:
+        """Whether an event was written after its writer had been suspended, or without a bus, during the term."""
+        ...
+
+    def is_minority(self, name: str) -> bool:
+        """Whether a node has been on a side with fewer than half of all nodes for 6 s."""
+        ...
 
 
 class Witness:
-    """Hears everything as it is sent: one writer a term, one state a position, one instance a command."""
+    """Hears everything as it is sent, and checks what must hold of it.
 
-    def __init__(self) -> None:
+    one writer a term, one state a position, one instance a command; two nodes that hear each other don't begin two terms
+    of one number; nobody begins a term against a master that others hear; a master that slept doesn't go on with its
+    term; nothing of a lost node is placed again within 5 s of an election, nor by a minority within two minutes.
+    """
+
+    def __init__(self, scene: Scene) -> None:
+        self._scene = scene
+        self._began: dict[Term, float] = {}
         self.writers: dict[Term, str] = {}
         self.hashes: dict[Position, str] = {}
         self.created: dict[str, set[str]] = {}
@@ -34,6 +68,7 @@ class Witness:
         if plane == "event" and not message.reply:
             record = decode(message.body, EVENT.payload)
             self._writes(record.position.term, sender)
+            self._event(sender, record)
             if isinstance(record.event, InstanceCreated):
                 made = self.created.setdefault(record.event.command_id, set())
                 made.add(record.event.instance.instance_id)
@@ -45,6 +80,24 @@ class Witness:
         elif (plane, noun) == ("beat", "node"):
             told = decode(message.body, NODE_BEAT.payload)
             self._stands(told.position, told.state_hash)
+
+    def _event(self, sender: str, record: EventRecord) -> None:
+        term, event, now = record.position.term, record.event, self._scene.now()
+        if isinstance(event, TermBegan):
+            self._began[term] = now
+            others = (known for known in self._began if known.number == term.number and known.node_id != term.node_id)
+            for other in others:
+                both = now - self._began[other] < 3.0 and self._scene.have_heard(other.node_id, term.node_id)
+                assert not both, f"{other} and {term} began side by side"
+            heard = self._scene.others_hear(sender)
+            assert not heard, f"{sender} began {term} though others hear the master {heard}"
+        elif isinstance(event, InstanceAssigned) and "silent" in event.reason:
+            age_s = now - self._began.get(term, -1e9)
+            assert age_s >= GRACE_S, f"{term} places {event.instance_id} again {age_s:.1f} s after its election"
+            silent_s = float(event.reason.split()[-2])
+            is_hasty = silent_s < MINORITY_WAIT_S and self._scene.is_minority(sender)
+            assert not is_hasty, f"{sender} places {event.instance_id} again, with a minority"
+        assert not self._scene.is_stale(record, sender), f"{sender} goes on with {term} after a pause"
 
     def _writes(self, term: Term, sender: str) -> None:
         assert self.writers.setdefault(term, sender) == sender, f"two writers of {term}: {self.writers[term]}, {sender}"

@@ -11,6 +11,7 @@ import contextvars
 import heapq
 from typing import Any, Final
 
+EPOCH_S: Final = 1_700_000_000.0
 OWNER: Final[contextvars.ContextVar[str]] = contextvars.ContextVar("owner", default="")
 
 
@@ -92,4 +93,4 @@ class VirtualClock:
         return asyncio.get_running_loop().time()
 
     def wall(self) -> float:
-        return 1_700_000_000.0 + self.now() + self.wall_offset_s
+        return EPOCH_S + self.now() + self.wall_offset_s
