@@ -82,6 +82,7 @@ ERRORS: Final[dict[str, ErrorCode]] = {
     "unreachable": _unavailable(50306),
     "bus_disconnected": _unavailable(50307),
     "refused_by_node": _unavailable(50308),
+    "master_unreachable": _unavailable(50309),
     "internal": _service(50001, 500, retryable=False),
     "disk_full": _service(50002, 500, retryable=False),
     "runner_failed": _service(50201, 502),

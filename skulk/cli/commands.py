@@ -88,6 +88,11 @@ def _rm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("instance", metavar="INSTANCE", type=_filled, help="its id, or how its id begins")
 
 
+def _drain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("node", metavar="NODE", type=_filled, help="its id or name")
+    parser.add_argument("--undo", action="store_true", help="let it take work again")
+
+
 def _events(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", "--follow", action="store_true", help="go on with new events until Ctrl-C")
 
@@ -105,6 +110,7 @@ COMMANDS: Final = (
     Command(name="nodes", module="nodes", help="list the nodes"),
     Command(name="models", module="models", help="list the models"),
     Command(name="rm", module="rm", help="delete an instance", arguments=_rm),
+    Command(name="drain", module="drain", help="take no new work to a node, move its instances", arguments=_drain),
     Command(name="events", module="events", help="show what the master decided", arguments=_events),
     Command(
         name="config",

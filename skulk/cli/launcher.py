@@ -22,6 +22,7 @@ from skulk.bus.nats_bus import NatsBus, parse_addresses
 from skulk.bus.replica import Replica
 from skulk.bus.subjects import MASTER_PLACE
 from skulk.cli.gateway_watch import GatewayWatch
+from skulk.cli.leaving import leave
 from skulk.cli.node_file import NodeFile, remove_node_file, write_node_file
 from skulk.clock import Clock, SystemClock
 from skulk.errors import SkulkError, StartError, error_of
@@ -35,7 +36,7 @@ from skulk.node.identity import NodeIdentity, load_identity
 from skulk.node.measuring import MachineMeter
 from skulk.node.node import Node, NodeRoles
 from skulk.node.processes import BusAddress, LocalMachine
-from skulk.node.storage import StateFile, load_state
+from skulk.node.storage import StateFile, load_state, state_date
 from skulk.settings import Settings
 from skulk.supervision.child import Child, ChildSpec, Ready
 from skulk.supervision.home import ChildLedger, HomeLock, reap_leftovers
@@ -76,6 +77,11 @@ class Running:
     def nats_sub_line(self) -> str:
         """What to type to see everything that crosses the bus."""
         return f"nats {self.nats_options} sub 'skulk.>'"
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the node can't go on."""
+        return self._ended.done() and self._ended.result() is not None
 
     def stop(self) -> None:
         """Has `wait` return; may come twice."""
@@ -163,6 +169,17 @@ def _catalogue(settings: Settings) -> Catalogue:
     return catalogue
 
 
+def _reason_of(name: str, error: BaseException) -> SkulkError:
+    """What the end of a part tells a person: its own word where it ended in order, else that the log has more."""
+    inner = error
+    while isinstance(inner, BaseExceptionGroup):
+        inner = inner.exceptions[0]
+    if isinstance(inner, SkulkError):
+        return inner
+    log.error("%s failed", name, exc_info=error)
+    return StartError("child_failed", f"{name} failed: {error}; the log has more")
+
+
 class _Launcher:
     """The steps of one start; what each of them must undo is pushed on the stack."""
 
@@ -206,12 +223,19 @@ class _Launcher:
         if self._settings.api:
             await self._start_gateway(address)
         self._write_node_file()
+        self._stack.push_async_callback(self._leave)
+
+    async def _leave(self) -> None:
+        if not self._running.has_failed:
+            await leave(self._identity, self._replica, self._master, self._masters())
+
+    def _masters(self) -> Masters:
+        return Masters(self._bus, self._replica, self._clock, self._identity.node_id)
 
     async def ensure(self, request: PlacementRequest) -> PlacementReply:
         """Sees to it that a model has at least one instance."""
         command = PlaceModel(command_id=new_id(), request=request, ensure=True)
-        masters = Masters(self._bus, self._replica, self._clock)
-        return await masters.ask(MASTER_PLACE, command, timeout_s=PLACE_TIMEOUT_S)
+        return await self._masters().ask(MASTER_PLACE, command, timeout_s=PLACE_TIMEOUT_S)
 
     async def _start_bus(self) -> BusAddress:
         """The own nats-server, or the existing deployment that ``SKULK_NATS_URL`` names."""
@@ -260,6 +284,7 @@ class _Launcher:
         )
         await meter.start()
         machine = LocalMachine(settings, identity.node_id, address, self._catalogue, meter, self._ledger)
+        state_file = StateFile(self._home)
         master = Master(
             bus,
             replica,
@@ -268,6 +293,7 @@ class _Launcher:
             incarnation=identity.incarnation,
             patience_s=0.0 if self._is_alone() else ELECTION_PATIENCE_S,
             rules=Rules(replace_after_s=settings.replace_after_s, default_parallel=settings.parallel),
+            persist=state_file.flush,
         )
         node = Node(
             bus,
@@ -276,10 +302,13 @@ class _Launcher:
             identity,
             meter=meter,
             hosting=Hosting(bus, self._clock, identity.node_id, machine),
-            state_file=StateFile(self._home),
+            state_file=state_file,
             authority=lambda: master.state,
             roles=lambda: NodeRoles(version=__version__, role=settings.participation, api=self._api),
+            unreachable=lambda: master.unreachable,
+            master_heard_at=state_date(self._home),
         )
+        self._master = master
         self._spawn("replica", replica.run())
         self._spawn("master", master.run())
         self._spawn("node", node.run())
@@ -361,8 +390,7 @@ class _Launcher:
             try:
                 await work
             except Exception as error:
-                log.exception("%s failed", name)
-                self._running.fail(StartError("child_failed", f"{name} failed: {error}; the log has more"))
+                self._running.fail(_reason_of(name, error))
 
         task = asyncio.create_task(guarded(), name=name)
 

@@ -12,6 +12,7 @@
     master     what a node holds is not in its log          master     Gather; then SteppedDown, BeganTerm
     master     a round of a higher term                     follower   SteppedDown
     master     bus lost, or a tick more than 1 s late       candidate  SteppedDown; the pre-vote once the bus is there
+    any        it is being stopped                          follower   SteppedDown, if it is the master
     any        bus back, or a tick more than 1 s late       same       silence restarts
 
 No votes are counted: without a quorum there is nothing to count (DESIGN 2). The pre-vote keeps a node that alone
@@ -98,6 +99,10 @@ class MasterLeft(msgspec.Struct, frozen=True):
     node_id: str
 
 
+class Retired(msgspec.Struct, frozen=True):
+    """This node is being stopped: it leads no more and never again."""
+
+
 class AskOthers(msgspec.Struct, frozen=True):
     """Ask everybody whether a master lives; then `PreVoteEnded` with this number."""
 
@@ -124,7 +129,7 @@ class SteppedDown(msgspec.Struct, frozen=True):
 
 
 ElectionInput: TypeAlias = (
-    BeatHeard | BusChanged | Tick | PreVoteEnded | RoundEnded | GatherHeard | TermSeen | MasterLeft
+    BeatHeard | BusChanged | Tick | PreVoteEnded | RoundEnded | GatherHeard | TermSeen | MasterLeft | Retired
 )
 ElectionEffect: TypeAlias = AskOthers | Gather | BeganTerm | SteppedDown
 Role: TypeAlias = Literal["follower", "candidate", "gathering", "master"]
@@ -195,6 +200,9 @@ def step(state: Election, heard: ElectionInput, now: float) -> Stepped:
             return _term_seen(state, heard, now)
         case MasterLeft():
             return _master_left(state, heard.node_id, now)
+        case Retired():
+            retired = msgspec.structs.replace(_following(state, now), can_lead=False)
+            return retired, ((SteppedDown(state.term),) if state.role == "master" else ())
         case _:
             assert_never(heard)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import msgspec
@@ -39,7 +40,7 @@ from skulk.wire.commands import (
 )
 from skulk.wire.events import InstanceCreated, InstanceDeleted, InstanceUnassigned
 from skulk.wire.placement import PlacementDecision, PlacementRequest
-from skulk.wire.state import Assignment, ClusterState, Instance, Term
+from skulk.wire.state import Assignment, ClusterState, Instance, Position, Term
 
 log = logging.getLogger("skulk.master")
 
@@ -49,19 +50,39 @@ STOP_WAIT_S: Final = 10.0
 SETTLE_S: Final = 5.0
 UPKEEP_S: Final = 0.5
 
+Persist = Callable[[], Awaitable[bool]]
+"""Puts what the own node knows on its disk; False: it could not."""
+
 
 class Leader:
     """What the master does during one term; made when the term begins, dropped when it ends."""
 
     def __init__(
-        self, bus: Bus, replica: Replica, clock: Clock, term: Term, rules: Rules, waiting: Waiting | None = None
+        self,
+        bus: Bus,
+        replica: Replica,
+        clock: Clock,
+        term: Term,
+        rules: Rules,
+        waiting: Waiting | None = None,
+        *,
+        may_write: Callable[[], bool] = lambda: True,
+        persist: Persist | None = None,
     ) -> None:
+        self._node_id = term.node_id
+        self._persist = persist
         self._waiting = Waiting(clock) if waiting is None else waiting
         self._replica = replica
         self._clock = clock
         self._rules = rules
         self._ledger = Ledger(
-            bus, clock, replica.view.state, term, replica.follow, lambda: followers_of(replica.view, term.node_id)
+            bus,
+            clock,
+            replica.view.state,
+            term,
+            replica.follow,
+            lambda: followers_of(replica.view, term.node_id),
+            may_write,
         )
         self._upkeep = Upkeep(settles_at=clock.now() + SETTLE_S)
         self._placing: set[str] = set()
@@ -133,10 +154,11 @@ class Leader:
         return await self._find_node(command, instance.instance_id, decision)
 
     async def delete(self, command: DeleteInstance) -> DeleteReply:
-        """Deletes an instance and waits until its runner is gone, or its node is away.
+        """Deletes an instance and waits until its runner is gone or, where its node is away, the deletion is safe.
 
         Raises:
             RequestError: ``instance_not_found``.
+            ServiceError: ``disk_full``: this node is alone and can't write the deletion down.
         """
         instance = self.state.instances.get(command.instance_id)
         tombstone = self.state.tombstones.get(command.instance_id)
@@ -148,11 +170,26 @@ class Leader:
         event = InstanceDeleted(
             instance_id=command.instance_id, deleted_at=self._clock.wall(), command_id=command.command_id
         )
-        self._ledger.append(event)
-        if instance.assignment is not None:
-            runner = instance.assignment.runner_id
+        position = self._ledger.append(event)
+        assignment = instance.assignment
+        if assignment is not None and assignment.node_id in self._replica.view.nodes:
+            runner = assignment.runner_id
             await self._replica.wait_until(lambda view: _is_gone(view.runners.get(runner)), STOP_WAIT_S)
+        else:
+            await self._make_safe(position)
         return self._deleted(command)
+
+    async def _make_safe(self, position: Position) -> None:
+        """Returns when another node has what was written, or, where there is none, the own disk."""
+        own = self._node_id
+
+        def is_elsewhere(view: ClusterView) -> bool:
+            return any(node.beat.position >= position for name, node in view.nodes.items() if name != own)
+
+        if self._replica.view.nodes.keys() - {own} and await self._replica.wait_until(is_elsewhere, STOP_WAIT_S):
+            return
+        if self._persist is not None and not await self._persist():
+            raise ServiceError("disk_full", "the deletion is not on this node's disk; free some space and ask again")
 
     async def drain(self, command: DrainNode) -> DrainReply:
         """Begins or ends a drain; the upkeep moves the instances from now on.
@@ -290,7 +327,10 @@ class Leader:
             for instance in refused_by(view):
                 assert instance.assignment is not None
                 self._upkeep = with_barred(self._upkeep, instance.instance_id, instance.assignment.node_id, now)
-            self._append_due(now)
+            try:
+                self._append_due(now)
+            except UnavailableError:
+                return  # the term is over
 
     def _append_due(self, now: float) -> None:
         for _ in range(len(self.state.instances) + 2):

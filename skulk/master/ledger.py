@@ -43,6 +43,7 @@ class Ledger:
         term: this mastership.
         on_append: told of each event at once: what the master has written, its own node must never lack.
         followers: how many live nodes follow, for the beat.
+        may_write: asked before each event: a master that has slept finds out here at the latest.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Ledger:
         term: Term,
         on_append: Callable[[EventRecord], None],
         followers: Callable[[], int],
+        may_write: Callable[[], bool] = lambda: True,
     ) -> None:
         self._bus = bus
         self._clock = clock
@@ -60,6 +62,7 @@ class Ledger:
         self._state = state
         self._on_append = on_append
         self._followers = followers
+        self._may_write = may_write
         self._is_closed = False
         self._unsent: asyncio.Queue[EventRecord | MasterBeat] = asyncio.Queue(UNSENT_EVENTS)
         self.append(TermBegan(state_hash=state_hash(state)))
@@ -80,7 +83,7 @@ class Ledger:
         Raises:
             UnavailableError: ``not_master``: the term has ended.
         """
-        if self._is_closed:
+        if self._is_closed or not self._may_write():
             raise UnavailableError("not_master", "this node is not the master any more; ask again", retry_after_s=1)
         position = Position(term=self._term, seq=self._state.position.seq + 1)
         record = EventRecord(position=position, at=self._clock.wall(), event=event)

@@ -29,6 +29,7 @@ from skulk.bus.subjects import (
 )
 from skulk.clock import Clock
 from skulk.cluster.election import (
+    LATE_TICK_S,
     AskOthers,
     BeatHeard,
     BeganTerm,
@@ -40,6 +41,7 @@ from skulk.cluster.election import (
     GatherHeard,
     MasterLeft,
     PreVoteEnded,
+    Retired,
     RoundEnded,
     SteppedDown,
     TermSeen,
@@ -51,7 +53,7 @@ from skulk.cluster.fold import state_hash
 from skulk.cluster.view import followers_of
 from skulk.errors import UnavailableError
 from skulk.master.commands import Commands
-from skulk.master.leader import Leader
+from skulk.master.leader import Leader, Persist
 from skulk.master.rounds import gather, pre_vote
 from skulk.master.upkeep import Rules
 from skulk.master.waiting import Waiting
@@ -79,6 +81,10 @@ ANSWER_S: Final = 0.5
 DEFAULT_RULES: Final = Rules()
 
 
+async def _no_disk() -> bool:
+    return True
+
+
 class Master:
     """The master role of one node. Keep `run` going.
 
@@ -87,6 +93,7 @@ class Master:
         patience_s: silence of a master after which this node asks for its place; 0 where it is alone by design.
         can_lead: False: this node only follows.
         rules: what it was told about placements.
+        persist: puts what is known on the own disk; False: it could not.
     """
 
     def __init__(
@@ -100,7 +107,9 @@ class Master:
         patience_s: float,
         can_lead: bool = True,
         rules: Rules = DEFAULT_RULES,
+        persist: Persist = _no_disk,
     ) -> None:
+        self._persist = persist
         self._bus = bus
         self._replica = replica
         self._clock = clock
@@ -133,6 +142,10 @@ class Master:
     def unreachable(self) -> str:
         """The master that others hear and this node doesn't; empty where there is none."""
         return self._election.unreachable
+
+    def retire(self) -> None:
+        """Leads no more and never again: the node is being stopped."""
+        self._step(Retired())
 
     async def run(self) -> None:
         """Campaigns and leads until cancelled."""
@@ -235,8 +248,25 @@ class Master:
         merged, self._merged = self._merged, None
         log.info("master of term %d, %d instances", term.number, len(merged.instances))
         self._replica.adopt(merged)
-        self._leader = leader = Leader(self._bus, self._replica, self._clock, term, self._rules, self._waiting)
+        self._leader = leader = Leader(
+            self._bus,
+            self._replica,
+            self._clock,
+            term,
+            self._rules,
+            self._waiting,
+            may_write=self._is_awake,
+            persist=self._persist,
+        )
         self._leading = self._start(self._lead(leader, term), f"lead-{term.number}")
+
+    def _is_awake(self) -> bool:
+        """False after a pause whose late tick hasn't come yet; it comes now."""
+        now = self._bus.heard_at
+        if now - self._election.ticked_at <= LATE_TICK_S:
+            return True
+        self._step(Tick(self._replica.view.state.partial), now)
+        return False
 
     def _end_lead(self) -> None:
         if self._leader is not None:
