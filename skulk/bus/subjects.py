@@ -23,9 +23,9 @@ from skulk.wire.commands import (
     HistoryRequest,
     PlacementReply,
     PlaceModel,
+    PreviewPlacement,
     PreVote,
     PreVoted,
-    PreviewPlacement,
     Snapshot,
     SnapshotRequest,
 )

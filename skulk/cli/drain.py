@@ -30,7 +30,9 @@ async def _drain(context: Context) -> int:
         else:
             reply = await client.post(path, {}, _Reply)
     if context.is_json:
-        print_json({"node_id": reply.node_id, "draining": not context.arguments.undo, "leaving": list(reply.instance_ids)})
+        print_json(
+            {"node_id": reply.node_id, "draining": not context.arguments.undo, "leaving": list(reply.instance_ids)}
+        )
     elif context.arguments.undo:
         sys.stdout.write(f"{reply.node_id} takes work again\n")
     else:

@@ -9,7 +9,9 @@ from skulk.wire.events import NodeDrainEnded, NodeDrainStarted
 from skulk.wire.state import Drain
 
 
-def drained_node(view: ClusterView, command: DrainNode, wall: float) -> tuple[str, NodeDrainStarted | NodeDrainEnded | None]:
+def drained_node(
+    view: ClusterView, command: DrainNode, wall: float
+) -> tuple[str, NodeDrainStarted | NodeDrainEnded | None]:
     """The node's id, and the event; None where nothing changes. ``wall``: seconds since the epoch.
 
     A person's drain outlives the stop of the node, so that one doesn't replace it.
@@ -36,5 +38,9 @@ def _found(view: ClusterView, name: str) -> str:
     if len(named) == 1:
         return named[0]
     known = ", ".join(sorted(view.nodes)) or "none"
-    why = f"{len(named)} nodes are called {name}; give the id" if named else f"there is no node {name}; there are: {known}"
+    why = (
+        f"{len(named)} nodes are called {name}; give the id"
+        if named
+        else f"there is no node {name}; there are: {known}"
+    )
     raise RequestError("node_not_found", why)

@@ -250,7 +250,9 @@ class Leader:
         if placed is None:
             raise _deleted_meanwhile(instance_id)
         if placed.assignment is None and instance_id in self._ensured:
-            raise RequestError("unplaceable", f"{refusal}; the instance {instance_id}, wanted by others too, stays pending")
+            raise RequestError(
+                "unplaceable", f"{refusal}; the instance {instance_id}, wanted by others too, stays pending"
+            )
         if placed.assignment is None and not command.ensure:
             self._ledger.append(InstanceDeleted(instance_id=instance_id, deleted_at=self._clock.wall()))
             raise RequestError("unplaceable", refusal or f"no node takes the instance {instance_id}")

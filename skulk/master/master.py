@@ -66,9 +66,9 @@ from skulk.wire.commands import (
     Gathered,
     PlacementReply,
     PlaceModel,
+    PreviewPlacement,
     PreVote,
     PreVoted,
-    PreviewPlacement,
 )
 from skulk.wire.commands import Gather as GatherCall
 from skulk.wire.placement import PlacementDecision
@@ -221,10 +221,13 @@ class Master:
                 self._end_lead()
 
     def _start(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None] | None:
-        if self._tasks is None:
-            work.close()
-            return None
-        return self._tasks.create_task(work, name=name)
+        try:
+            if self._tasks is not None:
+                return self._tasks.create_task(work, name=name)
+        except RuntimeError:
+            log.debug("%s is not begun: this role is ending", name)
+        work.close()
+        return None
 
     def _others(self) -> set[str]:
         """Everybody who was heard within the last seconds."""
@@ -233,11 +236,15 @@ class Master:
         return {*view.nodes, *masters} - {self._node_id}
 
     async def _ask_others(self, asked: AskOthers) -> None:
-        self._step(PreVoteEnded(asked.number, await pre_vote(self._bus, self._node_id, self._others())))
+        answers = await pre_vote(self._bus, self._node_id, self._others())
+        if self._is_awake():
+            self._step(PreVoteEnded(asked.number, answers))
 
     async def _gather(self, asked: Gather) -> None:
         known = self.state or self._replica.view.state
         told = await gather(self._bus, asked.term, state_hash(known), self._others())
+        if not self._is_awake():
+            return
         for found in told.answers:
             self._replica.hear_runners(found.runners)
         self._merged = told.merged_with(self.state or self._replica.view.state)

@@ -36,7 +36,9 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
 
     def merged_with(self, own: ClusterState) -> ClusterState:
         """The own state and everything told."""
-        states = (found.state for found in self.answers if found.state is not None and found.state.cluster == own.cluster)
+        states = (
+            found.state for found in self.answers if found.state is not None and found.state.cluster == own.cluster
+        )
         return reduce(merge, states, own)
 
 

@@ -32,7 +32,7 @@ class Twins:
             return
         if beat.incarnation != self._incarnation:
             self._incarnation, self._beats = beat.incarnation, 0
-        elif beat.at <= self._last_at or now - self._last_heard < APART_S:
+        elif beat.at == self._last_at or now - self._last_heard < APART_S:
             return
         self._beats += 1
         self._last_at, self._last_heard = beat.at, now

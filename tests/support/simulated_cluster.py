@@ -103,6 +103,7 @@ class SimulatedCluster:
         self._apart_since: dict[frozenset[str], float] = {}
         self._leads_since: dict[str, float] = {}
         self._paused: dict[Term, float] = {}
+        self._paused_at: dict[str, float] = {}
         self._asked = 0
         self._watch: asyncio.Task[None] | None = None
         self.loop: VirtualLoop | None = None
@@ -200,7 +201,9 @@ class SimulatedCluster:
             return
         old = msgspec.json.decode(self.random.choice(disk.bodies), type=ClusterState)
         term = Term(number=old.position.term.number + 50, node_id=name, incarnation="old")
-        aged = msgspec.structs.replace(old, position=Position(term=term, seq=old.position.seq + self.random.randint(0, 5)))
+        aged = msgspec.structs.replace(
+            old, position=Position(term=term, seq=old.position.seq + self.random.randint(0, 5))
+        )
         disk.bodies.append(msgspec.json.encode(aged))
 
     # Looking
@@ -256,13 +259,24 @@ class SimulatedCluster:
     def note_pause(self, name: str) -> None:
         """A node is suspended, or has lost its bus: the term that it leads now, if any, is over."""
         life = self.lives.get(name)
+        self._paused_at[name] = self.now()
         if life is not None and life.is_leading:
             self._paused.setdefault(life.state.position.term, self.now())
 
     # What the witness asks
 
     def have_heard(self, one: str, other: str) -> bool:
-        return one in self.lives and other in self.lives and self.now() > self._apart_until.get(frozenset((one, other)), 0.0) + 2.4
+        return (
+            one in self.lives
+            and other in self.lives
+            and self.now() > self._apart_until.get(frozenset((one, other)), 0.0) + 2.4
+        )
+
+    def better_than(self, candidate: str) -> str:
+        if candidate in self._leads_since or self.now() - self._paused_at.get(candidate, -1e9) < 5.0:
+            return ""
+        quiet = (name for name in self.lives if name < candidate and self.have_heard(candidate, name))
+        return next((name for name in quiet if not self.lives[name].replica.view.state.partial), "")
 
     def others_hear(self, candidate: str) -> str:
         if candidate in self._leads_since or candidate not in self.lives:
@@ -287,7 +301,9 @@ class SimulatedCluster:
         if life is None or self.clones or len(life.replica.view.known) < len(self.clocks):
             return False
         far = sum(
-            1 for other in self.clocks if self.now() - self._apart_since.get(frozenset((name, other)), self.now()) >= 6.0
+            1
+            for other in self.clocks
+            if self.now() - self._apart_since.get(frozenset((name, other)), self.now()) >= 6.0
         )
         return 2 * (len(self.clocks) - far) < len(self.clocks)
 
@@ -322,7 +338,9 @@ class SimulatedCluster:
         """Deletes an instance; without an answer nobody knows whether it is deleted."""
         self._asked += 1
         self.unsure.add(instance_id)
-        reply = await self._ask(client, MASTER_DELETE, DeleteInstance(command_id=f"c{self._asked}", instance_id=instance_id))
+        reply = await self._ask(
+            client, MASTER_DELETE, DeleteInstance(command_id=f"c{self._asked}", instance_id=instance_id)
+        )
         if isinstance(reply, DeleteReply) and not self.clones:
             self.deleted.add(instance_id)
 
@@ -387,7 +405,9 @@ class SimulatedCluster:
         undone = self.deleted & state.instances.keys() - self._made_again()
         assert not undone, f"deletions that were told are undone: {undone}"
         for instance in state.instances.values():
-            assert instance.assignment is not None or instance.reason, f"{instance.instance_id} is pending without a reason"
+            assert instance.assignment is not None or instance.reason, (
+                f"{instance.instance_id} is pending without a reason"
+            )
 
     def _made_again(self) -> set[str]:
         """Ids that an ``ensure`` may have used again after their deletion."""

@@ -203,7 +203,8 @@ async def mended(cluster: SimulatedCluster) -> None:
         original = cluster.lives.get(copy.node_id)
         if original is not None:
             stopped = sum(1 for life in (original, copy) if life.refusal is not None)
-            assert stopped == 1, f"{stopped} of two nodes with the id {copy.node_id} stopped"
+            told = [life.refusal for life in (original, copy)]
+            assert stopped == 1, f"{stopped} of two nodes with the id {copy.node_id} stopped: {told}"
         await copy.kill()
         cluster.clones.remove(copy)
     for name in cluster.clocks:

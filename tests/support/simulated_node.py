@@ -13,7 +13,7 @@ import msgspec
 from skulk.bus.memory_bus import MemoryBus, MemoryHub
 from skulk.bus.replica import Replica
 from skulk.cluster.reconcile import Wanted
-from skulk.errors import SkulkError, UnavailableError
+from skulk.errors import StartError, UnavailableError
 from skulk.master.master import Master
 from skulk.node.hosting import Hosting, Prepared, ProcessReport
 from skulk.node.identity import NodeIdentity
@@ -132,7 +132,9 @@ class Machine:
 class Life:
     """One start of a node, until it is killed."""
 
-    def __init__(self, hub: MemoryHub, name: str, node_id: str, clock: VirtualClock, machine: Machine, disk: Disk) -> None:
+    def __init__(
+        self, hub: MemoryHub, name: str, node_id: str, clock: VirtualClock, machine: Machine, disk: Disk
+    ) -> None:
         self.name = name
         self.node_id = node_id
         self.machine = machine
@@ -183,7 +185,9 @@ class Life:
         loop = asyncio.get_running_loop()
         await loop.create_task(self.replica.start(), context=self._context)
         for role in (self.replica, self.node, self.master):
-            task = loop.create_task(self._guarded(role.run()), name=f"{self.name}-{type(role).__name__}", context=self._context)
+            task = loop.create_task(
+                self._guarded(role.run()), name=f"{self.name}-{type(role).__name__}", context=self._context
+            )
             self._tasks.append(task)
 
     async def _guarded(self, role: object) -> None:
@@ -194,12 +198,12 @@ class Life:
             self._ending = asyncio.get_running_loop().create_task(self.kill())
 
     @property
-    def refusal(self) -> SkulkError | None:
+    def refusal(self) -> StartError | None:
         """Why the node ended by itself, in an orderly way."""
         found = self.failure
         while isinstance(found, BaseExceptionGroup):
             found = found.exceptions[0]
-        return found if isinstance(found, SkulkError) else None
+        return found if isinstance(found, StartError) else None
 
     async def kill(self) -> None:
         """As by SIGKILL: nothing more is said or written, and its processes end with it."""

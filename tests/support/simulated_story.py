@@ -32,7 +32,9 @@ def told(tell: Callable[[str], None] | None) -> Iterator[None]:
         if message.subject.split(".")[3] == "event" and not message.reply:
             record = decode(message.body, EVENT.payload)
             term = record.position.term
-            clusters[-1].note(f"{sender} writes {record.position.seq} in term {term.number}/{term.node_id}: {record.event}")
+            clusters[-1].note(
+                f"{sender} writes {record.position.seq} in term {term.number}/{term.node_id}: {record.event}"
+            )
         real_check(self, sender, message)
 
     with (

@@ -23,6 +23,10 @@ class Scene(Protocol):
         """A living master that somebody hears whom this node hears, all of it for 3 s; empty where there is none."""
         ...
 
+    def better_than(self, candidate: str) -> str:
+        """A node that comes before one that has just campaigned, and that all of it could be heard by for 3 s."""
+        ...
+
     def have_heard(self, one: str, other: str) -> bool:
         """Whether two nodes have heard each other without a break for 3 s."""
         ...
@@ -39,9 +43,10 @@ class Scene(Protocol):
 class Witness:
     """Hears everything as it is sent, and checks what must hold of it.
 
-    one writer a term, one state a position, one instance a command; two nodes that hear each other don't begin two terms
-    of one number; nobody begins a term against a master that others hear; a master that slept doesn't go on with its
-    term; nothing of a lost node is placed again within 5 s of an election, nor by a minority within two minutes.
+    One writer a term, one state a position, one instance a command. Two nodes that hear each other don't begin two
+    terms of one number; the first in order begins it; nobody begins one against a master that others hear. A master that
+    slept doesn't go on with its term. Nothing of a lost node is placed again within 5 s of an election, nor by a minority
+    within two minutes.
     """
 
     def __init__(self, scene: Scene) -> None:
@@ -89,6 +94,8 @@ class Witness:
             for other in others:
                 both = now - self._began[other] < 3.0 and self._scene.have_heard(other.node_id, term.node_id)
                 assert not both, f"{other} and {term} began side by side"
+            better = self._scene.better_than(sender)
+            assert not better, f"{sender} began {term} though {better} comes before it"
             heard = self._scene.others_hear(sender)
             assert not heard, f"{sender} began {term} though others hear the master {heard}"
         elif isinstance(event, InstanceAssigned) and "silent" in event.reason:
@@ -115,7 +122,7 @@ class Meetings:
         self._since: dict[frozenset[str], float] = {}
 
     def look(self, leading: set[str], apart: set[frozenset[str]], now: float) -> None:
-        """``leading``: who leads now; ``apart``: pairs that couldn't hear each other at some time since the last look."""
+        """``leading``: who leads now; ``apart``: pairs that couldn't hear each other at some time of late."""
         pairs = {frozenset((one, other)) for one in leading for other in leading if one < other} - apart
         self._since = {pair: self._since.get(pair, now) for pair in pairs}
         for pair, since in self._since.items():

@@ -98,7 +98,11 @@ def _disk_json(beat: NodeBeat) -> dict[str, Any]:
 
 
 def _health_json(view: ClusterView, beat: NodeBeat) -> dict[str, Any]:
-    reasons = (*beat.warnings, *seen_reasons(view, beat), *(_failure(runner) for runner in beat.runners if runner.phase == "failed"))
+    reasons = (
+        *beat.warnings,
+        *seen_reasons(view, beat),
+        *(_failure(runner) for runner in beat.runners if runner.phase == "failed"),
+    )
     levels = {reason.level for reason in reasons}
     return {
         "level": "error" if "error" in levels else "warn" if levels else "ok",
