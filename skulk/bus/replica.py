@@ -18,7 +18,7 @@ from typing import Any, Final
 from skulk.bus.port import Bus, Received, Subscription
 from skulk.bus.subjects import EVENT, MASTER_BEAT, NODE_BEAT, NODE_SNAPSHOT, RUNNER_STATUS
 from skulk.clock import Clock
-from skulk.cluster.fold import state_hash
+from skulk.cluster.fold import StateHash
 from skulk.cluster.follow import follow_beat, follow_event, follow_snapshot
 from skulk.cluster.liveness import MASTER_SILENT_S
 from skulk.cluster.view import (
@@ -62,7 +62,8 @@ class Replica:
         self._bus = bus
         self._clock = clock
         self._view = ClusterView(state=state or ClusterState(cluster=bus.cluster))
-        self._hash = state_hash(self._view.state)
+        self._hashes = StateHash()
+        self._hash = self._hashes.of(self._view.state)
         self._ring: deque[EventRecord] = deque(maxlen=HISTORY_EVENTS)
         self._callbacks: list[Callable[[ClusterView], None]] = []
         self._status_callbacks: list[Callable[[RunnerStatus], None]] = []
@@ -205,7 +206,7 @@ class Replica:
         self._set(with_runner_status(self._view, received.message))
 
     def _set_state(self, state: ClusterState) -> None:
-        self._hash = state_hash(state)
+        self._hash = self._hashes.of(state)
         self._set(with_state(self._view, state))
 
     def _set(self, view: ClusterView) -> None:

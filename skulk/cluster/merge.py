@@ -66,9 +66,20 @@ def lacks(known: ClusterState, other: ClusterState, wall: float) -> bool:
 
 
 def _united(a: dict[str, T], b: dict[str, T], rank: Callable[[T], tuple[object, ...]]) -> dict[str, T]:
-    names = sorted({*a, *b})
-    versions = ([side[name] for side in (a, b) if name in side] for name in names)
-    return {name: max(found, key=rank) for name, found in zip(names, versions, strict=True)}
+    return {
+        name: _higher(a[name], b[name], rank) if name in a and name in b else (a if name in a else b)[name]
+        for name in sorted({*a, *b})
+    }
+
+
+def _higher(one: T, other: T, rank: Callable[[T], tuple[object, ...]]) -> T:
+    if one is other:
+        return one
+    ranks = rank(one), rank(other)
+    if ranks[0] == ranks[1]:
+        # a tie that only a defect can make; the text breaks it, so that merge stays commutative even then
+        return max(one, other, key=repr)
+    return one if ranks[0] > ranks[1] else other
 
 
 def _is_covered(instance: Instance, tombstones: dict[str, Tombstone]) -> bool:
@@ -77,13 +88,12 @@ def _is_covered(instance: Instance, tombstones: dict[str, Tombstone]) -> bool:
 
 
 def _instance_rank(instance: Instance) -> tuple[object, ...]:
-    # the text breaks a tie that only a defect can make, so that merge stays commutative even then
-    return instance.born, instance.last_epoch, instance.position, repr(instance)
+    return instance.born, instance.last_epoch, instance.position
 
 
 def _tombstone_rank(tombstone: Tombstone) -> tuple[object, ...]:
-    return tombstone.position, repr(tombstone)
+    return (tombstone.position,)
 
 
 def _drain_rank(drain: Drain) -> tuple[object, ...]:
-    return drain.position, repr(drain)
+    return (drain.position,)

@@ -17,10 +17,14 @@ InstancePhase = Literal["pending", "placing", "loading", "ready", "failed"]
 
 
 class NodeView(msgspec.Struct, frozen=True, kw_only=True):
-    """A node's last beat and when it was heard (monotonic seconds of the observer)."""
+    """A node's last beat and when it was heard (monotonic seconds of the observer).
+
+    ``told``: runners of it that have spoken since, and that the beat doesn't name.
+    """
 
     beat: NodeBeat
     heard_at: float
+    told: tuple[str, ...] = ()
 
 
 class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,7 +63,7 @@ def with_node_beat(view: ClusterView, beat: NodeBeat, now: float) -> ClusterView
         return _without_left(view, beat)
     before = view.nodes.get(beat.node_id)
     before_runners = view.runners if before is None or before.beat.incarnation == beat.incarnation else {}
-    runners = {name: status for name, status in view.runners.items() if status.node_id != beat.node_id}
+    runners = _without_runners_of(view, beat.node_id)
     for status in beat.runners:
         other = runners.get(status.runner_id)
         newest = _newer(before_runners.get(status.runner_id), status) if other is None else status
@@ -67,6 +71,18 @@ def with_node_beat(view: ClusterView, beat: NodeBeat, now: float) -> ClusterView
     nodes = {**view.nodes, beat.node_id: NodeView(beat=beat, heard_at=now)}
     known = view.known if beat.role != "full" else {**view.known, beat.node_id: now}
     return msgspec.structs.replace(view, nodes=nodes, runners=runners, known=known)
+
+
+def _without_runners_of(view: ClusterView, node_id: str) -> dict[str, RunnerStatus]:
+    """The statuses without those of a node. Cost: a copy, and a look at the node's own; at all for an unknown node."""
+    node = view.nodes.get(node_id)
+    if node is None:
+        return {name: status for name, status in view.runners.items() if status.node_id != node_id}
+    runners = dict(view.runners)
+    for name in (*node.told, *(status.runner_id for status in node.beat.runners)):
+        if name in runners and runners[name].node_id == node_id:
+            del runners[name]
+    return runners
 
 
 def _without_left(view: ClusterView, beat: NodeBeat) -> ClusterView:
@@ -78,7 +94,7 @@ def _without_left(view: ClusterView, beat: NodeBeat) -> ClusterView:
     return msgspec.structs.replace(
         view,
         nodes={name: node for name, node in view.nodes.items() if name != beat.node_id},
-        runners={name: status for name, status in view.runners.items() if status.node_id != beat.node_id},
+        runners=_without_runners_of(view, beat.node_id),
         master=None if is_master else view.master,
         known={name: at for name, at in view.known.items() if name != beat.node_id},
     )
@@ -90,7 +106,12 @@ def with_runner_status(view: ClusterView, status: RunnerStatus) -> ClusterView:
     if known is None and len(view.runners) >= MAX_RUNNERS:
         return view
     kept = _chosen(view.state, known, status)
-    return msgspec.structs.replace(view, runners={**view.runners, status.runner_id: kept})
+    runners = {**view.runners, status.runner_id: kept}
+    node = view.nodes.get(status.node_id)
+    if known is not None or node is None:
+        return msgspec.structs.replace(view, runners=runners)
+    told = msgspec.structs.replace(node, told=(*node.told, status.runner_id))
+    return msgspec.structs.replace(view, runners=runners, nodes={**view.nodes, status.node_id: told})
 
 
 def _chosen(state: ClusterState, known: RunnerStatus | None, heard: RunnerStatus) -> RunnerStatus:

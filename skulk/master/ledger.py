@@ -12,7 +12,7 @@ import msgspec
 from skulk.bus.port import Bus
 from skulk.bus.subjects import EVENT, MASTER_BEAT
 from skulk.clock import Clock
-from skulk.cluster.fold import fold, state_hash
+from skulk.cluster.fold import StateHash, fold
 from skulk.cluster.liveness import MASTER_BEAT_S
 from skulk.errors import SkulkError, UnavailableError
 from skulk.wire.beats import MasterBeat
@@ -65,7 +65,8 @@ class Ledger:
         self._may_write = may_write
         self._is_closed = False
         self._unsent: asyncio.Queue[EventRecord | MasterBeat] = asyncio.Queue(UNSENT_EVENTS)
-        self.append(TermBegan(state_hash=state_hash(state)))
+        self._hashes = StateHash()
+        self.append(TermBegan(state_hash=self._hashes.of(state)))
 
     @property
     def state(self) -> ClusterState:
@@ -109,7 +110,7 @@ class Ledger:
                     node_id=self._term.node_id,
                     term=self._term,
                     position=self._state.position,
-                    state_hash=state_hash(self._state),
+                    state_hash=self._hashes.of(self._state),
                     at=self._clock.wall(),
                     followers=self._followers(),
                 )

@@ -32,7 +32,7 @@ from skulk.cluster.view import ClusterView, NodeView, drain_of, liveness_of
 from skulk.ids import runner_id
 from skulk.placement.backends import Ranked, rank_of
 from skulk.placement.memory import Fit, context_limit, fit_context, largest_context, least_need
-from skulk.placement.rooms import room
+from skulk.placement.rooms import rooms
 from skulk.units import format_bytes
 from skulk.wire.base import PROTOCOL
 from skulk.wire.placement import NodeReport, PlacementDecision, PlacementRequest
@@ -94,7 +94,7 @@ def place(
         now: seconds on the clock of the view's ``heard_at``.
         default_parallel: sequences side by side where the request doesn't say.
 
-    Cost: O(nodes x (instances + log context)).
+    Cost: O(instances + nodes x log context).
     """
     # 1.
     impossible = _impossible(request)
@@ -102,7 +102,8 @@ def place(
         return PlacementDecision(outcome="unplaceable", reason=impossible, reports=_unjudged(view, impossible))
     # 2.
     n_parallel = default_parallel if request.n_parallel is None else request.n_parallel
-    reports = tuple(_report(view, request, node_id, n_parallel, now) for node_id in sorted(view.nodes))
+    have = rooms(view)
+    reports = tuple(_report(view, request, node_id, n_parallel, now, have[node_id]) for node_id in sorted(view.nodes))
     fitting = [report for report in reports if report.filter is None]
     # 3.
     if fitting:
@@ -163,7 +164,9 @@ def _unjudged(view: ClusterView, reason: str) -> tuple[NodeReport, ...]:
     )
 
 
-def _report(view: ClusterView, request: PlacementRequest, node_id: str, n_parallel: int, now: float) -> NodeReport:
+def _report(
+    view: ClusterView, request: PlacementRequest, node_id: str, n_parallel: int, now: float, have: int
+) -> NodeReport:
     """Step 2 for one node."""
     node = view.nodes[node_id]
     verdict = _absent(view, node, now) or _unwanted(view, request, node) or _unready(node)  # a. to g.
@@ -179,7 +182,7 @@ def _report(view: ClusterView, request: PlacementRequest, node_id: str, n_parall
             node_id=node_id, name=node.beat.name, filter=verdict.filter, detail=verdict.detail, backend=backend
         )
     assert ranked is not None
-    return _sized(request, node, ranked, n_parallel, room(view, node_id))  # j.
+    return _sized(request, node, ranked, n_parallel, have)  # j.
 
 
 def _absent(view: ClusterView, node: NodeView, now: float) -> _Verdict | None:
