@@ -12,7 +12,7 @@ is never renamed; the text is not API. A broken invariant is an assertion, not o
 
 from __future__ import annotations
 
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
 
@@ -193,3 +193,11 @@ def error_of(
         return ServiceError("internal", f"{detail} ({code})", param=param, retry_after_s=retry_after_s)
     kind = _FAMILIES[ERRORS[code].family]
     return kind(code, detail, param=param, retry_after_s=retry_after_s)
+
+
+def first_of(error: BaseException) -> BaseException:
+    """The first of a group of exceptions, of a group inside it, …; one that is no group is itself."""
+    inner: Any = error
+    while isinstance(inner, BaseExceptionGroup):
+        inner = inner.exceptions[0]  # pyright: ignore[reportUnknownMemberType]
+    return inner

@@ -84,13 +84,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--per-node", type=int, default=PER_NODE, help=f"instances a node (default: {PER_NODE})")
     flags = parser.parse_args(arguments)
     rows = [measure(nodes, flags.per_node) for nodes in flags.nodes]
-    print("| nodes | instances | beat us | beats/s | status us | fold us | place ms | upkeep ms | snapshot ms | merge ms | MiB |")
+    print(
+        "| nodes | instances | beat us | beats/s | status us | fold us | place ms | upkeep ms | snapshot ms | merge ms "
+        "| MiB |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         print(
             f"| {row.nodes:,} | {row.instances:,} | {row.beat_us:,.0f} | {row.beats_per_s:,.0f} | {row.status_us:,.0f} "
-            f"| {row.fold_us:,.0f} | {row.place_us / 1e3:.2f} | {row.upkeep_us / 1e3:.2f} | {row.snapshot_us / 1e3:.1f} "
-            f"| {row.merge_us / 1e3:.1f} | {row.memory_mib:.1f} |"
+            f"| {row.fold_us:,.0f} | {row.place_us / 1e3:.2f} | {row.upkeep_us / 1e3:.2f} "
+            f"| {row.snapshot_us / 1e3:.1f} | {row.merge_us / 1e3:.1f} | {row.memory_mib:.1f} |"
         )
     if len(rows) > 1:
         print_growth(rows[0], rows[-1])

@@ -25,7 +25,7 @@ from skulk.cli.gateway_watch import GatewayWatch
 from skulk.cli.leaving import leave
 from skulk.cli.node_file import NodeFile, remove_node_file, write_node_file
 from skulk.clock import Clock, SystemClock
-from skulk.errors import SkulkError, StartError, error_of
+from skulk.errors import SkulkError, StartError, error_of, first_of
 from skulk.gateway.masters import Masters
 from skulk.ids import new_id, new_incarnation
 from skulk.master.master import Master
@@ -171,9 +171,7 @@ def _catalogue(settings: Settings) -> Catalogue:
 
 def _reason_of(name: str, error: BaseException) -> SkulkError:
     """What the end of a part tells a person: its own word where it ended in order, else that the log has more."""
-    inner = error
-    while isinstance(inner, BaseExceptionGroup):
-        inner = inner.exceptions[0]
+    inner = first_of(error)
     if isinstance(inner, SkulkError):
         return inner
     log.error("%s failed", name, exc_info=error)

@@ -1,6 +1,6 @@
 """A node that is stopped hands over what it has: no new work, its instances moved, its mastership given up.
 
-    SIGTERM ──> drain, until the node returns ──> its instances move ──> retire ──> its runners end ──> all the rest stops
+    SIGTERM ──> drain, until the node returns ──> its instances move ──> retire ──> its runners end ──> the rest stops
 
 Where no other node could take anything over there is nothing to wait for.
 """

@@ -17,7 +17,7 @@
 
 No votes are counted: without a quorum there is nothing to count (DESIGN 2). The pre-vote keeps a node that alone
 can't hear the master from deposing it. Of several that are ready the first in order leads: those whose state is whole
-before those whose is partial, then by node id. At a meeting the one more live nodes follow leads, then the lower node id.
+before those whose is partial, then by node id. At a meeting the one more live nodes follow leads, then the lower id.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ def with_runner_status(view: ClusterView, status: RunnerStatus) -> ClusterView:
 
 
 def _chosen(state: ClusterState, known: RunnerStatus | None, heard: RunnerStatus) -> RunnerStatus:
-    """Of two words about one runner the one of the assigned node: two sides may have placed it apart; else the later."""
+    """Of two words about one runner the assigned node's: two sides may have placed it apart; else the later one."""
     if known is None or known.node_id == heard.node_id:
         return _newer(known, heard)
     instance = state.instances.get(heard.instance_id)

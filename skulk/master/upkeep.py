@@ -2,9 +2,10 @@
 
 1. An assignment that its node refused         becomes pending; that node is barred for a while, longer each time.
 2. An assignment to a node that is drained     moves where another node fits, else becomes pending.
-3. An assignment whose node is lost            moves where another node fits: after `replace_after_s` of silence; as soon
-                                               as the node is lost, where a request waits for the model; never before
-                                               `MINORITY_WAIT_S` on a side with fewer than half of the known full nodes.
+3. An assignment whose node is lost            moves where another node fits: after `replace_after_s` of silence; as
+                                               soon as the node is lost, where a request waits for the model; never
+                                               before `MINORITY_WAIT_S` on a side with fewer than half of the known
+                                               full nodes.
 4. A pending instance                          is assigned when a node fits.
 5. A drain of a node that was being stopped    ends when the node is back.
 6. A tombstone older than 30 days              is forgotten.
@@ -88,7 +89,7 @@ def with_barred(upkeep: Upkeep, instance_id: str, node_id: str, now: float) -> U
 
 
 def without_expired(upkeep: Upkeep, view: ClusterView, now: float) -> Upkeep:
-    """The memory without what no longer matters; how often a node refused is remembered as long again as it was barred."""
+    """The memory without what no longer matters; refusals are counted on for 16 minutes after their time."""
     barred = {
         instance_id: kept
         for instance_id, nodes in upkeep.barred.items()

@@ -65,7 +65,7 @@ class DrainNode(Wire, frozen=True, kw_only=True):
 
     Attributes:
         node: id or name.
-        incarnation: of a node that is being stopped: the drain ends when the node returns. Empty: it holds until undone.
+        incarnation: of a node that is being stopped: the drain ends when the node returns. Empty: until undone.
     """
 
     command_id: str

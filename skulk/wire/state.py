@@ -100,7 +100,7 @@ class Drain(Wire, frozen=True, kw_only=True):
     Attributes:
         since: seconds since the epoch.
         position: of the event that wrote this version; the higher wins in a merge.
-        incarnation: of a node that was being stopped; the drain is over for any other one. Empty: it holds until undone.
+        incarnation: of a node that was being stopped; the drain is over for any other one. Empty: until undone.
     """
 
     node_id: str

@@ -9,7 +9,7 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -349,7 +349,7 @@ class SimulatedCluster:
         self._asked += 1
         await self._ask(client, MASTER_DRAIN, DrainNode(command_id=f"c{self._asked}", node=name, undo=undo))
 
-    async def _ask(self, client: Client, endpoint: Endpoint[object, R], command: object) -> R | SkulkError:
+    async def _ask(self, client: Client, endpoint: Endpoint[Any, R], command: object) -> R | SkulkError:
         try:
             return await client.masters.ask(endpoint, command)
         except SkulkError as error:

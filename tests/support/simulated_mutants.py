@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 from unittest import mock
 
@@ -34,7 +34,7 @@ class Mutant(msgspec.Struct, frozen=True, kw_only=True):
     patches: Callable[[], Patches]
 
     @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> Generator[None]:
         with contextlib.ExitStack() as stack:
             for owner, name, value in self.patches():
                 stack.enter_context(mock.patch.object(owner, name, value))

@@ -1,4 +1,4 @@
-"""One node of a simulation: the real roles over a `MemoryBus`, on a machine, a disk and a network that a test governs."""
+"""One node of a simulation: the real roles over a `MemoryBus`, on a machine and a disk that a test governs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import msgspec
 from skulk.bus.memory_bus import MemoryBus, MemoryHub
 from skulk.bus.replica import Replica
 from skulk.cluster.reconcile import Wanted
-from skulk.errors import StartError, UnavailableError
+from skulk.errors import StartError, UnavailableError, first_of
 from skulk.master.master import Master
 from skulk.node.hosting import Hosting, Prepared, ProcessReport
 from skulk.node.identity import NodeIdentity
@@ -56,7 +56,7 @@ class DiskFile(StateFile):
 
 
 class Process:
-    """A runner's process: takes half of its memory at once, the rest when it is loaded, and lets go when it is stopped."""
+    """A runner's process: takes half of its memory at once, the rest when it is loaded, and frees it when stopped."""
 
     def __init__(self, machine: Machine, wanted: Wanted, on_ready: Callable[[Wanted], None]) -> None:
         self._machine = machine
@@ -200,9 +200,7 @@ class Life:
     @property
     def refusal(self) -> StartError | None:
         """Why the node ended by itself, in an orderly way."""
-        found = self.failure
-        while isinstance(found, BaseExceptionGroup):
-            found = found.exceptions[0]
+        found = None if self.failure is None else first_of(self.failure)
         return found if isinstance(found, StartError) else None
 
     async def kill(self) -> None:

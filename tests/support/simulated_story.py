@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 from unittest import mock
 
@@ -14,7 +14,7 @@ from tests.support import simulated_cluster, simulated_witness
 
 
 @contextlib.contextmanager
-def told(tell: Callable[[str], None] | None) -> Iterator[None]:
+def told(tell: Callable[[str], None] | None) -> Generator[None]:
     """Gives ``tell`` each line of the clusters that are simulated meanwhile."""
     if tell is None:
         yield

@@ -44,9 +44,9 @@ class Witness:
     """Hears everything as it is sent, and checks what must hold of it.
 
     One writer a term, one state a position, one instance a command. Two nodes that hear each other don't begin two
-    terms of one number; the first in order begins it; nobody begins one against a master that others hear. A master that
-    slept doesn't go on with its term. Nothing of a lost node is placed again within 5 s of an election, nor by a minority
-    within two minutes.
+    terms of one number; the first in order begins it; nobody begins one against a master that others hear. A master
+    that slept doesn't go on with its term. Nothing of a lost node is placed again within 5 s of an election, nor by a
+    minority within two minutes.
     """
 
     def __init__(self, scene: Scene) -> None:

@@ -1,7 +1,7 @@
 """An event loop whose time is its own: it jumps to the next timer instead of waiting for it.
 
-Whose callback it is stands in the context variable `OWNER`; the callbacks of an owner that is frozen wait, as those of a
-suspended machine do, and run late when it is thawed.
+Whose callback it is stands in the context variable `OWNER`; the callbacks of an owner that is frozen wait, as those of
+a suspended machine do, and run late when it is thawed.
 """
 
 from __future__ import annotations
