@@ -9,13 +9,14 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	done)
 MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct-GGUF
 FLOOR ?= 0
+SEEDS ?= 2000
 UP    ?= --local --place $(MODEL) --greet
 
 .DEFAULT_GOAL := help
-.PHONY: help up setup dev test lint format coverage lock clean python
+.PHONY: help up setup dev test lint format coverage lock clean python simulate simulate-mutants
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 up: setup ## set up, start a node on this machine, let the model answer once, go on serving (Ctrl-C ends it)
 	@exec $(BIN)/skulk up $(UP)
@@ -45,6 +46,12 @@ coverage: dev ## run every suite, print which branches no test takes (FLOOR=70 f
 	@$(BIN)/python tools/run_suites.py --coverage $(SUITES)
 	@$(BIN)/coverage combine -q
 	@$(BIN)/coverage report --fail-under=$(FLOOR)
+
+simulate: dev ## run the control plane through SEEDS=2000 seeded stories of faults, on all cores
+	@$(BIN)/python tools/simulate.py --seeds $(SEEDS)
+
+simulate-mutants: dev ## switch each rule of the control plane off: every one must make some seed fail
+	@$(BIN)/python tools/simulate.py --mutants
 
 lock: dev ## resolve the dependencies anew into requirements.lock
 	$(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes --no-emit-index-url --python-version 3.11 \

@@ -387,7 +387,7 @@ class _Launcher:
         async def guarded() -> None:
             try:
                 await work
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - the border: whatever it is, it ends the node and is told
                 self._running.fail(_reason_of(name, error))
 
         task = asyncio.create_task(guarded(), name=name)

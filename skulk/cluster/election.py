@@ -9,7 +9,7 @@
     gathering  the round has ended                          master     BeganTerm(highest number + 1)
     master     another master's second beat, it wins        follower   SteppedDown, if its term is higher; else it waits
     master     the same, this one wins                      master     Gather; then SteppedDown, BeganTerm
-    master     what a node holds is not in its log          master     Gather; then SteppedDown, BeganTerm
+    master     what a follower holds is not in its log      master     Gather; then SteppedDown, BeganTerm
     master     a round of a higher term                     follower   SteppedDown
     master     bus lost, or a tick more than 1 s late       candidate  SteppedDown; the pre-vote once the bus is there
     any        it is being stopped                          follower   SteppedDown, if it is the master
@@ -87,7 +87,7 @@ class GatherHeard(msgspec.Struct, frozen=True):
 
 
 class TermSeen(msgspec.Struct, frozen=True):
-    """A node's state is of this term; ``is_unmerged``: the node says that the master's lacks something of it."""
+    """A node's state is of this term; ``is_unmerged``: it follows this master, and says that it lacks something of it."""
 
     term: Term
     is_unmerged: bool = False
@@ -187,7 +187,7 @@ def step(state: Election, heard: ElectionInput, now: float) -> Stepped:
         case BeatHeard():
             return _beat_heard(state, heard, now)
         case BusChanged():
-            return _bus_changed(state, heard.is_connected, now)
+            return _bus_changed(state, heard, now)
         case Tick():
             return _ticked(state, heard, now)
         case PreVoteEnded():
@@ -250,7 +250,8 @@ def _met(state: Election, beat: BeatHeard, now: float) -> Stepped:
     return _stepped_down(_following(state, now), state.term)
 
 
-def _bus_changed(state: Election, is_connected: bool, now: float) -> Stepped:
+def _bus_changed(state: Election, changed_to: BusChanged, now: float) -> Stepped:
+    is_connected = changed_to.is_connected
     changed = msgspec.structs.replace(state, is_connected=is_connected, silent_since=now)
     if is_connected:
         return _asking(changed, now) if state.insists and state.can_lead else (changed, ())
@@ -348,7 +349,7 @@ def _gather_heard(state: Election, term: Term, now: float) -> Stepped:
 
 def _term_seen(state: Election, seen: TermSeen, now: float) -> Stepped:
     noted = msgspec.structs.replace(state, highest=max(state.highest, seen.term))
-    if state.role == "master" and (seen.is_unmerged or seen.term > state.term):
+    if state.role == "master" and seen.is_unmerged:
         return _gathering_again(noted, now)
     return noted, ()
 

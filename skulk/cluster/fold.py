@@ -43,8 +43,8 @@ def state_hash(state: ClusterState) -> str:
 class StateHash:
     """`state_hash` for one who sees a state change little by little: a record that stayed isn't encoded again.
 
-    The digest is the sum, modulo 2^64, of the digests of the records and of the rest. Records are frozen, so one that is
-    the same object is the same record.
+    The digest is the sum, modulo 2^64, of the digests of the records and of the rest. Records are frozen, so one that
+    is the same object is the same record.
     """
 
     def __init__(self) -> None:

@@ -181,7 +181,8 @@ class Master:
         if beat.leaving:
             self._step(MasterLeft(beat.node_id))
         elif beat.node_id != self._node_id:
-            self._step(TermSeen(beat.position.term, beat.unmerged))
+            # one that follows another master brings what it knows when that one and this one meet
+            self._step(TermSeen(beat.position.term, beat.unmerged and beat.master == self._node_id))
 
     def _master_heard(self, beat: MasterBeat) -> None:
         own_followers = followers_of(self._replica.view, self._node_id)

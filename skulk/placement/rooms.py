@@ -47,7 +47,7 @@ def room(view: ClusterView, node_id: str) -> int:
 
 
 def rooms(view: ClusterView) -> dict[str, int]:
-    """`room` of every node. Cost: O(nodes + instances), so that a placement need not look at all of both for each node."""
+    """`room` of every node. Cost: O(nodes + instances): a placement looks at all of both once, not for each node."""
     assigned: dict[str, dict[str, int]] = {}
     for instance in view.state.instances.values():
         if (found := instance.assignment) is not None:

@@ -79,8 +79,8 @@ def _no_late_tick() -> Patches:
 def _leads_without_bus() -> Patches:
     real = election._bus_changed
 
-    def changed(state: Election, is_connected: bool, now: float) -> Any:
-        return real(state, True, now) if is_connected else (state, ())
+    def changed(state: Election, heard: election.BusChanged, now: float) -> Any:
+        return real(state, heard, now) if heard.is_connected else (state, ())
 
     return ((election, "_bus_changed", changed),)
 

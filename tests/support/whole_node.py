@@ -24,8 +24,8 @@ STOP_S = 30.0
 FREE_PORTS = ("--api-port", "0", "--nats-port", "0", "--route-port", "0")
 
 
-def environment(home: Path) -> dict[str, str]:
-    """The environment of a user who set nothing but the home."""
+def environment(home: Path, **variables: str) -> dict[str, str]:
+    """The environment of a user who set nothing but the home, and perhaps these variables."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SKULK_")}
     return {
         **kept,
@@ -33,6 +33,7 @@ def environment(home: Path) -> dict[str, str]:
         "SKULK_HOME": str(home),
         "SKULK_LLAMA_CPP_PARALLEL": "4",
         "PYTHONUNBUFFERED": "1",
+        **variables,
     }
 
 
@@ -117,13 +118,13 @@ class WholeNode:
             await asyncio.sleep(0.1)
         return state
 
-    async def wait_ready(self) -> str:
+    async def wait_ready(self, timeout_s: float = 20.0) -> str:
         """The id of the instance that is ready."""
 
         def is_ready(state: dict[str, Any]) -> bool:
             return any("RunnerReady" in runner or "RunnerRunning" in runner for runner in state["runners"].values())
 
-        state = await self.wait_state(is_ready)
+        state = await self.wait_state(is_ready, timeout_s)
         return next(iter(state["instances"]))
 
     async def wait_output(self, text: str, timeout_s: float = 30.0) -> str:
@@ -160,8 +161,11 @@ class WholeNode:
 
 
 @contextlib.asynccontextmanager
-async def whole_node(home: Path, *arguments: str) -> AsyncGenerator[WholeNode]:
-    """A node that is up; at the end no process of it is left, or the test fails."""
+async def whole_node(home: Path, *arguments: str, **variables: str) -> AsyncGenerator[WholeNode]:
+    """A node that is up; at the end no process of it is left, or the test fails.
+
+    ``variables``: of its environment.
+    """
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -170,7 +174,7 @@ async def whole_node(home: Path, *arguments: str) -> AsyncGenerator[WholeNode]:
         "--local",
         *FREE_PORTS,
         *arguments,
-        env=environment(home),
+        env=environment(home, **variables),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,

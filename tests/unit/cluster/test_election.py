@@ -249,9 +249,10 @@ def test_a_round_of_a_higher_term_deposes_and_a_lower_one_does_not() -> None:
 
 
 def test_what_the_log_lacks_makes_a_master_repeat_the_round() -> None:
-    tell([*LEADING, (3.0, TermSeen(term(4)), (Gather(3, term(5, "aaaa")),)), (3.1, TermSeen(term(4)), ())])
-    tell([*LEADING, (3.0, TermSeen(NO_TERM, is_unmerged=True), (Gather(3, term(2, "aaaa")),))])
-    tell([*LEADING, (1.8, TermSeen(term(4)), ()), (3.0, TermSeen(NO_TERM), ())])
+    lacked = TermSeen(term(4), is_unmerged=True)
+    tell([*LEADING, (3.0, lacked, (Gather(3, term(5, "aaaa")),)), (3.1, lacked, ())])
+    tell([*LEADING, (1.8, lacked, ()), (3.0, TermSeen(NO_TERM, is_unmerged=True), (Gather(3, term(5, "aaaa")),))])
+    tell([*LEADING, (3.0, TermSeen(term(4)), ())])
 
 
 def test_a_goodbye_ends_the_wait() -> None:
