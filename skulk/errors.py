@@ -12,7 +12,7 @@ is never renamed; the text is not API. A broken invariant is an assertion, not o
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias, cast
 
 import msgspec
 
@@ -197,7 +197,6 @@ def error_of(
 
 def first_of(error: BaseException) -> BaseException:
     """The first of a group of exceptions, of a group inside it, …; one that is no group is itself."""
-    inner: Any = error
-    while isinstance(inner, BaseExceptionGroup):
-        inner = inner.exceptions[0]  # pyright: ignore[reportUnknownMemberType]
-    return inner
+    while isinstance(error, BaseExceptionGroup):
+        error = cast("BaseExceptionGroup[BaseException]", error).exceptions[0]
+    return error

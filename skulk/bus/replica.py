@@ -74,6 +74,7 @@ class Replica:
         self._subscriptions: list[Subscription] = []
         self._silence_from = clock.now()
         self._is_unmerged = False
+        self._partial_of: tuple[Position, str] | None = None
 
     @property
     def is_unmerged(self) -> bool:
@@ -190,10 +191,18 @@ class Replica:
         view = with_master_beat(self._view, beat, self._clock.now())
         if view is not self._view:
             self._set(view)
-            if follow_beat(view.state, self._hash, beat):
+            if follow_beat(view.state, self._hash, beat) and not self._is_taken(beat):
                 self._snapshot_wanted.set()
         for callback in tuple(self._master_callbacks):
             callback(beat)
+
+    def _is_taken(self, beat: MasterBeat) -> bool:
+        """Whether a partial state is as near to the master's as this version can come: its hash never is the same."""
+        told = (beat.position, beat.state_hash)
+        if self._view.state.partial and beat.position == self._view.state.position:
+            is_known, self._partial_of = self._partial_of == told, told
+            return is_known
+        return False
 
     def _node_heard(self, received: Received[NodeBeat]) -> None:
         self._set(with_node_beat(self._view, received.message, self._clock.now()))

@@ -87,7 +87,7 @@ class GatherHeard(msgspec.Struct, frozen=True):
 
 
 class TermSeen(msgspec.Struct, frozen=True):
-    """A node's state is of this term; ``is_unmerged``: it follows this master, and says that it lacks something of it."""
+    """A node's state is of this term; ``is_unmerged``: it follows this master, which by its word lacks some of it."""
 
     term: Term
     is_unmerged: bool = False

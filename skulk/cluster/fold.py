@@ -13,12 +13,14 @@ TombstonesExpired     those tombstones are gone
 
 from __future__ import annotations
 
-from typing import TypeAlias, TypeVar, assert_never
+from functools import reduce
+from typing import Any, TypeAlias, TypeVar, assert_never
 
 import msgspec
 
 from skulk.ids import digest64
 from skulk.wire.events import (
+    Event,
     EventRecord,
     InstanceAssigned,
     InstanceCreated,
@@ -30,6 +32,7 @@ from skulk.wire.events import (
     TombstonesExpired,
 )
 from skulk.wire.state import ClusterState, Drain, Instance, Position, Tombstone
+from skulk.wire.unknown import pruned
 
 T = TypeVar("T")
 _Digests: TypeAlias = dict[str, tuple[object, int]]
@@ -52,7 +55,7 @@ class StateHash:
 
     def of(self, state: ClusterState) -> str:
         """The digest. Cost: a look at each record, and the encoding of those that changed since the last call."""
-        rest = (state.cluster, state.position, state.partial)
+        rest = (state.cluster, state.position, state.unknown)
         total = _digest(rest)
         fresh: list[_Digests] = []
         for known, records in zip(self._known, (state.instances, state.tombstones, state.drains), strict=True):
@@ -102,7 +105,26 @@ def fold(state: ClusterState, record: EventRecord) -> ClusterState:
             changed = msgspec.structs.replace(state, tombstones=tombstones)
         case _:
             assert_never(event)
-    return msgspec.structs.replace(changed, position=position)
+    return msgspec.structs.replace(changed, position=position, unknown=_known_again(changed.unknown, event))
+
+
+def _known_again(unknown: dict[str, Any], event: Event) -> dict[str, Any]:
+    """What is still unknown after an event: what it replaced was written anew by this version."""
+    if not unknown:
+        return unknown
+    match event:
+        case InstanceCreated():
+            return pruned(unknown, "instances", event.instance.instance_id)
+        case InstanceDeleted():
+            return pruned(unknown, "instances", event.instance_id)
+        case InstanceAssigned() | InstanceUnassigned():
+            return pruned(unknown, "instances", event.instance_id, "assignment")
+        case NodeDrainStarted():
+            return pruned(unknown, "drains", event.drain.node_id)
+        case TombstonesExpired():
+            return reduce(lambda rest, name: pruned(rest, "tombstones", name), event.instance_ids, unknown)
+        case TermBegan() | NodeDrainEnded():
+            return unknown
 
 
 def _created(state: ClusterState, event: InstanceCreated, position: Position) -> ClusterState:

@@ -12,7 +12,9 @@ outlives a tombstone, the one that wins does, in any order of merging. A deletio
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
+
+import msgspec
 
 from skulk.wire.state import ClusterState, Drain, Instance, Position, Tombstone
 
@@ -28,7 +30,7 @@ def merge(a: ClusterState, b: ClusterState) -> ClusterState:
     assert a.cluster == b.cluster, f"{a.cluster!r} and {b.cluster!r} are different clusters"
     tombstones = _united(a.tombstones, b.tombstones, _tombstone_rank)
     instances = _united(a.instances, b.instances, _instance_rank)
-    return ClusterState(
+    merged = ClusterState(
         cluster=a.cluster,
         position=Position(
             term=max(a.position.term, b.position.term),
@@ -37,8 +39,29 @@ def merge(a: ClusterState, b: ClusterState) -> ClusterState:
         instances={name: found for name, found in instances.items() if not _is_covered(found, tombstones)},
         tombstones=tombstones,
         drains=_united(a.drains, b.drains, _drain_rank),
-        partial=a.partial or b.partial,
     )
+    unknown = _united_unknown(merged, *sorted((a, b), key=lambda state: (state.position, repr(state.unknown))))
+    return msgspec.structs.replace(merged, unknown=unknown, partial=bool(unknown))
+
+
+_RECORDS: Final = ("instances", "tombstones", "drains")
+
+
+def _united_unknown(merged: ClusterState, lower: ClusterState, higher: ClusterState) -> dict[str, Any]:
+    """What neither side knows: of a record, what came with the version that won; of the rest, the higher side's."""
+    if not lower.unknown and not higher.unknown:
+        return {}
+    united = {name: value for name, value in (lower.unknown | higher.unknown).items() if name not in _RECORDS}
+    for kind in _RECORDS:
+        kept = {
+            name: rest
+            for side in (lower, higher)
+            for name, rest in side.unknown.get(kind, {}).items()
+            if getattr(side, kind).get(name) == getattr(merged, kind).get(name, ...)
+        }
+        if kept:
+            united[kind] = kept
+    return united
 
 
 def lacks(known: ClusterState, other: ClusterState, wall: float) -> bool:

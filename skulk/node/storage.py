@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -37,7 +37,7 @@ def load_state(home: Path, cluster: str) -> ClusterState | None:
     except OSError as error:
         raise _unusable(path, error) from error
     try:
-        state = msgspec.json.decode(body, type=ClusterState)
+        state = ClusterState.opened(msgspec.json.decode(body, type=dict[str, Any]))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         aside = path.with_suffix(".damaged.json")
         try:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import msgspec
+
 from skulk.wire.base import Wire
 from skulk.wire.beats import RunnerStatus
 from skulk.wire.events import EventRecord
@@ -131,6 +135,10 @@ class Gathered(Wire, frozen=True, kw_only=True):
     state: ClusterState | None = None
     runners: tuple[RunnerStatus, ...] = ()
 
+    def opened(self, raw: dict[str, Any]) -> Gathered:
+        """With what a newer version wrote into the state."""
+        return self if self.state is None else msgspec.structs.replace(self, state=ClusterState.opened(raw["state"]))
+
 
 class SnapshotRequest(Wire, frozen=True, kw_only=True):
     """Ask a node for its whole state."""
@@ -143,6 +151,10 @@ class Snapshot(Wire, frozen=True, kw_only=True):
 
     node_id: str
     state: ClusterState
+
+    def opened(self, raw: dict[str, Any]) -> Snapshot:
+        """With what a newer version wrote into the state."""
+        return msgspec.structs.replace(self, state=ClusterState.opened(raw["state"]))
 
 
 class HistoryRequest(Wire, frozen=True, kw_only=True):

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import msgspec
+
 from skulk.wire.base import Wire
 from skulk.wire.placement import MemoryEstimate, PlacementRequest
+from skulk.wire.unknown import opened
 
 
 class Term(Wire, frozen=True, kw_only=True, order=True):
@@ -115,7 +120,8 @@ class ClusterState(Wire, frozen=True, kw_only=True):
     """The fold of the log up to ``position``.
 
     Attributes:
-        partial: an event was skipped that this version doesn't know; fetch snapshots instead of folding.
+        partial: it holds what this version doesn't know; fetch snapshots instead of folding.
+        unknown: that, by path (see `skulk.wire.unknown`).
     """
 
     cluster: str
@@ -124,3 +130,10 @@ class ClusterState(Wire, frozen=True, kw_only=True):
     tombstones: dict[str, Tombstone] = {}
     drains: dict[str, Drain] = {}
     partial: bool = False
+    unknown: dict[str, Any] = {}
+
+    @classmethod
+    def opened(cls, raw: dict[str, Any]) -> ClusterState:
+        """A state out of its JSON, with what this version doesn't know kept beside it."""
+        state = opened(raw, cls)
+        return msgspec.structs.replace(state, partial=bool(state.unknown))
