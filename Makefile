@@ -10,13 +10,14 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct-GGUF
 FLOOR ?= 0
 INPUTS ?= 100000
+SEEDS ?= 2000
 UP    ?= --local --place $(MODEL) --greet
 
 .DEFAULT_GOAL := help
-.PHONY: help up setup dev test test-engine test-mesh lint format coverage fuzz lock clean python
+.PHONY: help up setup dev test test-engine test-mesh lint format coverage fuzz lock clean python simulate simulate-mutants
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 up: setup ## set up, start a node on this machine, let the model answer once, go on serving (Ctrl-C ends it)
 	@exec $(BIN)/skulk up $(UP)
@@ -55,6 +56,12 @@ coverage: dev ## run every suite, print which branches no test takes (FLOOR=70 f
 
 fuzz: dev ## feed the reader of GGUF headers with 100,000 hostile files (INPUTS=... changes that)
 	@$(BIN)/python tools/fuzz_gguf.py --inputs $(INPUTS)
+
+simulate: dev ## run the control plane through SEEDS=2000 seeded stories of faults, on all cores
+	@$(BIN)/python tools/simulate.py --seeds $(SEEDS)
+
+simulate-mutants: dev ## switch each rule of the control plane off: every one must make some seed fail
+	@$(BIN)/python tools/simulate.py --mutants
 
 lock: dev ## resolve the dependencies anew into requirements.lock
 	$(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes --no-emit-index-url --python-version 3.11 \

@@ -12,7 +12,7 @@ is never renamed; the text is not API. A broken invariant is an assertion, not o
 
 from __future__ import annotations
 
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias, cast
 
 import msgspec
 
@@ -91,6 +91,7 @@ ERRORS: Final[dict[str, ErrorCode]] = {
     "refused_by_node": _unavailable(50308),
     "hub_rate_limited": _unavailable(50309),
     "hub_unreachable": _unavailable(50310),
+    "master_unreachable": _unavailable(50311),
     "internal": _service(50001, 500, retryable=False),
     "disk_full": _service(50002, 500, retryable=False),
     "runner_failed": _service(50201, 502),
@@ -109,6 +110,7 @@ ERRORS: Final[dict[str, ErrorCode]] = {
     "child_failed": _start(60008, 1),
     "cluster_not_reached": _start(60009, 1),
     "bus_unusable": _start(60010, 1),
+    "node_id_in_use": _start(60011, 75),
 }
 
 
@@ -203,3 +205,10 @@ def error_of(
         return ServiceError("internal", f"{detail} ({code})", param=param, retry_after_s=retry_after_s)
     kind = _FAMILIES[ERRORS[code].family]
     return kind(code, detail, param=param, retry_after_s=retry_after_s)
+
+
+def first_of(error: BaseException) -> BaseException:
+    """The first of a group of exceptions, of a group inside it, …; one that is no group is itself."""
+    while isinstance(error, BaseExceptionGroup):
+        error = cast("BaseExceptionGroup[BaseException]", error).exceptions[0]
+    return error

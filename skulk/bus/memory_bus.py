@@ -12,8 +12,10 @@ does to messages is in the test's hands:
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import random
+import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -51,6 +53,7 @@ class _Listening:
     def __init__(self, transport: MemoryTransport, subject: str, receive: Receive, queue: str) -> None:
         self.transport = transport
         self.pattern = subject.split(".")
+        self.head = re.split(r"[*>]", subject, maxsplit=1)[0]
         self.queue = queue
         self.receive = receive
         self.pending = 0
@@ -71,6 +74,7 @@ class MemoryTransport:
         self.connection = ConnectionState("connected")
         self.listening: dict[_Listening, None] = {}
         self.life = 0
+        self.context = contextvars.copy_context()
         self._arrived: deque[tuple[_Listening, Raw]] = deque()
         self._due = False
 
@@ -124,7 +128,8 @@ class MemoryTransport:
         self._arrived.append((listening, message))
         if not self._due:
             self._due = True
-            asyncio.get_running_loop().call_soon(self._deliver)
+            # in the receiver's name, not the sender's: a simulation can hold a node's callbacks back
+            asyncio.get_running_loop().call_soon(self._deliver, context=self.context)
 
     def _deliver(self) -> None:
         self._due = False
@@ -199,7 +204,7 @@ class MemoryHub:
         tokens = message.subject.split(".")
         groups: dict[str, list[_Listening]] = {}
         found = False
-        for listening in self._listeners(sender, tokens):
+        for listening in self._listeners(sender, message.subject, tokens):
             found = True
             if listening.queue:
                 groups.setdefault(listening.queue, []).append(listening)
@@ -210,16 +215,16 @@ class MemoryHub:
             self._carry(sender, members[self._turn % len(members)], message)
         if not found and message.reply:
             answer = Raw(message.reply, b"", "", {STATUS: NO_RESPONDERS})
-            for listening in self._listeners(sender, message.reply.split(".")):
+            for listening in self._listeners(sender, message.reply, message.reply.split(".")):
                 self._carry(sender, listening, answer)
 
-    def _listeners(self, sender: MemoryTransport, tokens: list[str]) -> list[_Listening]:
+    def _listeners(self, sender: MemoryTransport, subject: str, tokens: list[str]) -> list[_Listening]:
         return [
             listening
             for transport in self._transports
             if transport.state == "connected" and self._reaches(sender, transport)
             for listening in transport.listening
-            if subject_matches(listening.pattern, tokens)
+            if subject.startswith(listening.head) and subject_matches(listening.pattern, tokens)
         ]
 
     def _reaches(self, one: MemoryTransport, other: MemoryTransport) -> bool:
@@ -231,7 +236,7 @@ class MemoryHub:
         for delay_s in delays:
             if delay_s > 0:
                 loop = asyncio.get_running_loop()
-                loop.call_later(delay_s, receiver.arrive, listening, message, receiver.life)
+                loop.call_later(delay_s, receiver.arrive, listening, message, receiver.life, context=receiver.context)
             else:
                 receiver.arrive(listening, message, receiver.life)
 

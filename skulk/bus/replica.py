@@ -18,7 +18,7 @@ from typing import Any, Final
 from skulk.bus.port import Bus, Received, Subscription
 from skulk.bus.subjects import EVENT, MASTER_BEAT, NODE_BEAT, NODE_SNAPSHOT, RUNNER_STATUS
 from skulk.clock import Clock
-from skulk.cluster.fold import state_hash
+from skulk.cluster.fold import StateHash
 from skulk.cluster.follow import follow_beat, follow_event, follow_snapshot
 from skulk.cluster.liveness import MASTER_SILENT_S
 from skulk.cluster.view import (
@@ -53,20 +53,33 @@ class Replica:
         bus: where to listen.
         clock: for silence and ages.
         state: what was known before, from disk.
+        keeps: a node's: what it knows and the master doesn't is kept until the master has taken it in. A gateway's
+            knows nothing that no node knows, and takes what the master says.
     """
 
-    def __init__(self, bus: Bus, clock: Clock, state: ClusterState | None = None) -> None:
+    def __init__(self, bus: Bus, clock: Clock, state: ClusterState | None = None, *, keeps: bool = False) -> None:
+        self._keeps = keeps
         self._bus = bus
         self._clock = clock
         self._view = ClusterView(state=state or ClusterState(cluster=bus.cluster))
-        self._hash = state_hash(self._view.state)
+        self._hashes = StateHash()
+        self._hash = self._hashes.of(self._view.state)
         self._ring: deque[EventRecord] = deque(maxlen=HISTORY_EVENTS)
         self._callbacks: list[Callable[[ClusterView], None]] = []
         self._status_callbacks: list[Callable[[RunnerStatus], None]] = []
+        self._node_callbacks: list[Callable[[NodeBeat], None]] = []
+        self._master_callbacks: list[Callable[[MasterBeat], None]] = []
         self._changed = asyncio.Event()
         self._snapshot_wanted = asyncio.Event()
         self._subscriptions: list[Subscription] = []
         self._silence_from = clock.now()
+        self._is_unmerged = False
+        self._partial_of: tuple[Position, str] | None = None
+
+    @property
+    def is_unmerged(self) -> bool:
+        """The state holds what the master's lacks; it stays until the master has taken it in."""
+        return self._is_unmerged
 
     @property
     def view(self) -> ClusterView:
@@ -93,14 +106,37 @@ class Replica:
         self._status_callbacks.append(callback)
         return lambda: self._status_callbacks.remove(callback)
 
+    def on_node_beat(self, callback: Callable[[NodeBeat], None]) -> Callable[[], None]:
+        """Calls ``callback`` with each beat of a node, after the view took it in. Returns what ends that."""
+        self._node_callbacks.append(callback)
+        return lambda: self._node_callbacks.remove(callback)
+
+    def on_master_beat(self, callback: Callable[[MasterBeat], None]) -> Callable[[], None]:
+        """Calls ``callback`` with each beat of any master, followed or not. Returns what ends that."""
+        self._master_callbacks.append(callback)
+        return lambda: self._master_callbacks.remove(callback)
+
     def follow(self, record: EventRecord) -> None:
         """Takes in one event of the log, as heard or as the own master has just written it."""
         followed = follow_event(self._view.state, record)
         if followed.wants_snapshot:
             self._snapshot_wanted.set()
         if followed.state is not self._view.state:
+            self._is_unmerged = False
             self._ring.append(record)
             self._set_state(followed.state)
+
+    def adopt(self, state: ClusterState) -> None:
+        """Takes over the state that the own master starts from."""
+        self._is_unmerged = False
+        self._set_state(state)
+
+    def hear_runners(self, statuses: tuple[RunnerStatus, ...]) -> None:
+        """Takes in what a node has told of its runners outside of its beat."""
+        view = self._view
+        for status in statuses:
+            view = with_runner_status(view, status)
+        self._set(view)
 
     def event_of(self, command_id: str) -> Event | None:
         """The event that a client's command became, if it is among the last ones. Cost: O(`HISTORY_EVENTS`)."""
@@ -153,14 +189,25 @@ class Replica:
     def _master_heard(self, received: Received[MasterBeat]) -> None:
         beat = received.message
         view = with_master_beat(self._view, beat, self._clock.now())
-        if view is self._view:
-            return
-        self._set(view)
-        if follow_beat(view.state, self._hash, beat):
-            self._snapshot_wanted.set()
+        if view is not self._view:
+            self._set(view)
+            if follow_beat(view.state, self._hash, beat) and not self._is_taken(beat):
+                self._snapshot_wanted.set()
+        for callback in tuple(self._master_callbacks):
+            callback(beat)
+
+    def _is_taken(self, beat: MasterBeat) -> bool:
+        """Whether a partial state is as near to the master's as this version can come: its hash never is the same."""
+        told = (beat.position, beat.state_hash)
+        if self._view.state.partial and beat.position == self._view.state.position:
+            is_known, self._partial_of = self._partial_of == told, told
+            return is_known
+        return False
 
     def _node_heard(self, received: Received[NodeBeat]) -> None:
         self._set(with_node_beat(self._view, received.message, self._clock.now()))
+        for callback in tuple(self._node_callbacks):
+            callback(received.message)
 
     def _status_heard(self, received: Received[RunnerStatus]) -> None:
         for callback in tuple(self._status_callbacks):
@@ -168,7 +215,7 @@ class Replica:
         self._set(with_runner_status(self._view, received.message))
 
     def _set_state(self, state: ClusterState) -> None:
-        self._hash = state_hash(state)
+        self._hash = self._hashes.of(state)
         self._set(with_state(self._view, state))
 
     def _set(self, view: ClusterView) -> None:
@@ -218,6 +265,14 @@ class Replica:
             # the master's next beat asks again
             log.info("no snapshot from the master %s: %s", master.node_id, error)
             return
-        taken = follow_snapshot(self._view.state, self._hash, answer.state)
-        if taken is not self._view.state:
-            self._set_state(taken)
+        followed = self._view.master
+        if followed is None or answer.state.position.term != followed.term:
+            # it was the master no more, or another one is followed by now; whose next beat asks again
+            return
+        if not self._keeps:
+            self._set_state(answer.state)
+            return
+        taken = follow_snapshot(self._view.state, self._hash, answer.state, self._clock.wall())
+        self._is_unmerged = taken.is_unmerged
+        if taken.state is not self._view.state:
+            self._set_state(taken.state)

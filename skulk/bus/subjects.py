@@ -16,11 +16,17 @@ from skulk.wire.beats import GatewayBeat, MasterBeat, NodeBeat, RunnerStatus
 from skulk.wire.commands import (
     DeleteInstance,
     DeleteReply,
+    DrainNode,
+    DrainReply,
+    Gather,
+    Gathered,
     History,
     HistoryRequest,
     PlacementReply,
     PlaceModel,
     PreviewPlacement,
+    PreVote,
+    PreVoted,
     Snapshot,
     SnapshotRequest,
 )
@@ -164,6 +170,9 @@ MASTER_PREVIEW: Final = Endpoint(
     "preview", "master.preview.{node}", PreviewPlacement, PlacementDecision, service="master"
 )
 MASTER_DELETE: Final = Endpoint("delete", "master.delete.{node}", DeleteInstance, DeleteReply, service="master")
+MASTER_DRAIN: Final = Endpoint("drain", "master.drain.{node}", DrainNode, DrainReply, service="master")
+ELECTION_PREVOTE: Final = Endpoint("prevote", "election.prevote.{node}", PreVote, PreVoted, service="election")
+ELECTION_GATHER: Final = Endpoint("gather", "election.gather.{node}", Gather, Gathered, service="election")
 NODE_SNAPSHOT: Final = Endpoint("snapshot", "node.snapshot.{node}", SnapshotRequest, Snapshot, service="node")
 EVENTS_HISTORY: Final = Endpoint(
     "history", "events.history", HistoryRequest, History, service="events", queue_group="nodes"
@@ -185,6 +194,9 @@ ENDPOINTS: Final[tuple[Endpoint[Any, Any], ...]] = (
     MASTER_PLACE,
     MASTER_PREVIEW,
     MASTER_DELETE,
+    MASTER_DRAIN,
+    ELECTION_PREVOTE,
+    ELECTION_GATHER,
     NODE_SNAPSHOT,
     EVENTS_HISTORY,
     STORE_RESOLVE,

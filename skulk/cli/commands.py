@@ -101,6 +101,11 @@ def _pull(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--detach", action="store_true", help="don't wait until it is here")
 
 
+def _drain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("node", metavar="NODE", type=_filled, help="its id or name")
+    parser.add_argument("--undo", action="store_true", help="let it take work again")
+
+
 def _events(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", "--follow", action="store_true", help="go on with new events until Ctrl-C")
 
@@ -121,6 +126,7 @@ COMMANDS: Final = (
     Command(name="remove", module="remove", help="delete a model's files from nodes", arguments=_stored),
     Command(name="verify", module="verify", help="hash a model's files anew", arguments=_stored),
     Command(name="rm", module="rm", help="delete an instance", arguments=_rm),
+    Command(name="drain", module="drain", help="take no new work to a node, move its instances", arguments=_drain),
     Command(name="events", module="events", help="show what the master decided", arguments=_events),
     Command(
         name="config",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import socket
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -24,26 +23,25 @@ from skulk.bus.permissions import check_permissions, probe_permissions
 from skulk.bus.replica import Replica
 from skulk.bus.subjects import MASTER_PLACE
 from skulk.cli.gateway_watch import GatewayWatch
+from skulk.cli.leaving import leave
 from skulk.cli.mesh import Mesh, known_at_start, routes_of
 from skulk.cli.nats_settings import server_config
 from skulk.cli.node_file import NodeFile, remove_node_file, write_node_file
+from skulk.cli.weights import card_of, catalogue_of, folders_of, reachable_host
 from skulk.clock import Clock, SystemClock
-from skulk.errors import RequestError, SkulkError, StartError, error_of
+from skulk.errors import SkulkError, StartError, error_of, first_of
 from skulk.gateway.masters import Masters
 from skulk.ids import new_id, new_incarnation
 from skulk.master.master import Master
 from skulk.master.upkeep import Rules
 from skulk.models.catalogue import Catalogue
-from skulk.models.reference import is_reference
-from skulk.models.tasks import ResolveTask
-from skulk.node.children import HubChildren
 from skulk.node.hosting import Hosting
 from skulk.node.identity import NodeIdentity, load_identity
 from skulk.node.measuring import MachineMeter
 from skulk.node.node import Node, NodeRoles
 from skulk.node.processes import BusAddress, LocalMachine
-from skulk.node.storage import StateFile, load_state
-from skulk.node.storehouse import CatalogueFolders, Storehouse, why_no_hub
+from skulk.node.storage import StateFile, load_state, state_date
+from skulk.node.storehouse import Storehouse
 from skulk.settings import Settings
 from skulk.supervision.child import Child, ChildSpec, Ready
 from skulk.supervision.home import ChildLedger, HomeLock, reap_leftovers
@@ -54,7 +52,6 @@ from skulk.supervision.supervisor import Supervised
 from skulk.wire.base import encode
 from skulk.wire.commands import PlacementReply, PlaceModel
 from skulk.wire.gateway import GatewaySpec
-from skulk.wire.model import ModelCard
 from skulk.wire.placement import PlacementRequest
 
 log = logging.getLogger("skulk.launcher")
@@ -64,21 +61,6 @@ PLACE_TIMEOUT_S: Final = 40.0
 ELECTION_PATIENCE_S: Final = 1.5
 GATEWAY_DRAIN_S: Final = 5.0
 EVENTS_LOOK_S: Final = 60.0
-VERIFIED_FILE: Final = "verified.json"
-CARDS_FOLDER: Final = "cards"
-
-
-def _reachable_host(host: str) -> str:
-    """How neighbours reach an address that is listened on: this machine's own one where it is all of them."""
-    if host not in {"0.0.0.0", "::"}:  # noqa: S104 - compared, not bound
-        return f"[{host}]" if ":" in host else host
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        # picks the address that leads out; a datagram socket sends nothing by connecting
-        try:
-            probe.connect(("192.0.2.1", 9))
-            return str(probe.getsockname()[0])
-        except OSError:
-            return "127.0.0.1"
 
 
 class Running:
@@ -97,6 +79,11 @@ class Running:
     def nats_sub_line(self) -> str:
         """What to type to see everything that crosses the bus."""
         return f"nats {self.nats_options} sub 'skulk.>'"
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the node can't go on."""
+        return self._ended.done() and self._ended.result() is not None
 
     def stop(self) -> None:
         """Has `wait` return; may come twice."""
@@ -134,26 +121,12 @@ async def launch(settings: Settings) -> AsyncGenerator[Running]:
         await asyncio.to_thread(reap_leftovers, home)
         identity = load_identity(home)
         running = Running(settings, identity)
-        catalogue = await asyncio.to_thread(_catalogue, settings)
-        cards = [await _card_of(settings, catalogue, model_id) for model_id in settings.place]
+        catalogue = await asyncio.to_thread(catalogue_of, settings)
+        cards = [await card_of(settings, catalogue, model_id) for model_id in settings.place]
         launcher = _Launcher(settings, clock, identity, catalogue, running, stack)
         await launcher.start()
         running.placed = tuple([await launcher.ensure(PlacementRequest(card=card)) for card in cards])
         yield running
-
-
-async def _card_of(settings: Settings, catalogue: Catalogue, model_id: str) -> ModelCard:
-    """A model to place: what lies here, else what the hub says of the name.
-
-    Raises:
-        SkulkError: ``model_not_found``; what the hub answered.
-    """
-    try:
-        return catalogue.find(model_id).card
-    except RequestError as error:
-        if error.code != "model_not_found" or not is_reference(model_id) or why_no_hub(settings):
-            raise
-    return await HubChildren(settings, None).ask(ResolveTask(name=model_id), ModelCard)
 
 
 def shown_url(url: str) -> str:
@@ -170,19 +143,6 @@ def nats_options(address: BusAddress) -> str:
     return f"-s {shown_url(address.url)}{password}"
 
 
-def _catalogue(settings: Settings) -> Catalogue:
-    folders = _folders(settings)
-    catalogue = Catalogue(
-        Path(settings.models_dir),
-        folders.models_path,
-        verified_file=Path(settings.home) / VERIFIED_FILE,
-        card_dirs=folders.card_dirs,
-        ollama_dir=folders.ollama_dir,
-    )
-    catalogue.rescan()
-    return catalogue
-
-
 async def _keep_events(bus: NatsBus) -> None:
     """Sees to the stream of events, now and again: an operator may remove it, JetStream may come later."""
     told: str | None = None
@@ -197,8 +157,13 @@ async def _keep_events(bus: NatsBus) -> None:
         await asyncio.sleep(EVENTS_LOOK_S)
 
 
-def _folders(settings: Settings) -> CatalogueFolders:
-    return CatalogueFolders(settings, Path.home(), (Path(settings.home) / CARDS_FOLDER,))
+def _reason_of(name: str, error: BaseException) -> SkulkError:
+    """What the end of a part tells a person: its own word where it ended in order, else that the log has more."""
+    inner = first_of(error)
+    if isinstance(inner, SkulkError):
+        return inner
+    log.error("%s failed", name, exc_info=error)
+    return StartError("child_failed", f"{name} failed: {error}; the log has more")
 
 
 class _Launcher:
@@ -238,7 +203,7 @@ class _Launcher:
         bus = await self._connect(address)
         if self._settings.nats_url:
             await self._check_existing(bus)
-        replica = Replica(bus, self._clock, load_state(self._home, bus.cluster))
+        replica = Replica(bus, self._clock, load_state(self._home, bus.cluster), keeps=True)
         await replica.start()
         self._stack.push_async_callback(replica.close)
         self._bus, self._replica = bus, replica
@@ -250,12 +215,19 @@ class _Launcher:
         if self._settings.api:
             await self._start_gateway(address)
         self._write_node_file()
+        self._stack.push_async_callback(self._leave)
+
+    async def _leave(self) -> None:
+        if not self._running.has_failed:
+            await leave(self._identity, self._replica, self._master, self._masters())
+
+    def _masters(self) -> Masters:
+        return Masters(self._bus, self._replica, self._clock, self._identity.node_id)
 
     async def ensure(self, request: PlacementRequest) -> PlacementReply:
         """Sees to it that a model has at least one instance."""
         command = PlaceModel(command_id=new_id(), request=request, ensure=True)
-        masters = Masters(self._bus, self._replica, self._clock)
-        return await masters.ask(MASTER_PLACE, command, timeout_s=PLACE_TIMEOUT_S)
+        return await self._masters().ask(MASTER_PLACE, command, timeout_s=PLACE_TIMEOUT_S)
 
     async def _start_bus(self) -> BusAddress:
         """The own nats-server, or the existing deployment that ``SKULK_NATS_URL`` names."""
@@ -317,6 +289,7 @@ class _Launcher:
             self._ledger,
             house.downloads,
         )
+        state_file = StateFile(self._home)
         master = Master(
             bus,
             replica,
@@ -325,6 +298,7 @@ class _Launcher:
             incarnation=identity.incarnation,
             patience_s=ELECTION_PATIENCE_S if self._may_meet_others else 0.0,
             rules=Rules(replace_after_s=settings.replace_after_s, default_parallel=settings.parallel),
+            persist=state_file.flush,
         )
         node = Node(
             bus,
@@ -333,10 +307,13 @@ class _Launcher:
             identity,
             meter=meter,
             hosting=Hosting(bus, self._clock, identity.node_id, machine),
-            state_file=StateFile(self._home),
+            state_file=state_file,
             authority=lambda: master.state,
             roles=self._roles,
+            unreachable=lambda: master.unreachable,
+            master_heard_at=state_date(self._home),
         )
+        self._master = master
         if self._mesh is not None:
             self._mesh.follow(lambda: [node.beat for node in replica.view.nodes.values()])
         self._spawn("store", house.store.run())
@@ -363,7 +340,7 @@ class _Launcher:
         settings = self._settings
         if settings.local:
             return
-        folders = _folders(settings)
+        folders = folders_of(settings)
         files = Supervised(
             "files",
             lambda: house.files_child(self._files_port, folders),
@@ -376,7 +353,7 @@ class _Launcher:
     def _files_ready(self, child: Child, ready: Ready) -> None:
         del child
         self._files_port = int(str(ready.fields["port"]))
-        self._files = f"{_reachable_host(str(ready.fields['host']))}:{self._files_port}"
+        self._files = f"{reachable_host(str(ready.fields['host']))}:{self._files_port}"
 
     async def _start_gateway(self, address: BusAddress) -> None:
         gateway = Supervised(
@@ -411,8 +388,8 @@ class _Launcher:
             api_host="127.0.0.1" if settings.local else settings.api_host,
             api_port=self._api_port,
             models_dir=settings.models_dir,
-            models_path=tuple(map(str, _folders(settings).models_path)),
-            ollama_dir=str(_folders(settings).ollama_dir or ""),
+            models_path=tuple(map(str, folders_of(settings).models_path)),
+            ollama_dir=str(folders_of(settings).ollama_dir or ""),
             verified_file=str(self._home / VERIFIED_FILE),
             card_dirs=(str(self._home / CARDS_FOLDER),),
             offline=settings.offline,
@@ -450,9 +427,8 @@ class _Launcher:
         async def guarded() -> None:
             try:
                 await work
-            except Exception as error:
-                log.exception("%s failed", name)
-                self._running.fail(StartError("child_failed", f"{name} failed: {error}; the log has more"))
+            except Exception as error:  # noqa: BLE001 - the border: whatever it is, it ends the node and is told
+                self._running.fail(_reason_of(name, error))
 
         task = asyncio.create_task(guarded(), name=name)
 

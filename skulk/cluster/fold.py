@@ -13,12 +13,14 @@ TombstonesExpired     those tombstones are gone
 
 from __future__ import annotations
 
-from typing import TypeVar, assert_never
+from functools import reduce
+from typing import Any, TypeAlias, TypeVar, assert_never
 
 import msgspec
 
 from skulk.ids import digest64
 from skulk.wire.events import (
+    Event,
     EventRecord,
     InstanceAssigned,
     InstanceCreated,
@@ -30,13 +32,48 @@ from skulk.wire.events import (
     TombstonesExpired,
 )
 from skulk.wire.state import ClusterState, Drain, Instance, Position, Tombstone
+from skulk.wire.unknown import pruned
 
 T = TypeVar("T")
+_Digests: TypeAlias = dict[str, tuple[object, int]]
 
 
 def state_hash(state: ClusterState) -> str:
     """A 64-bit digest of a state; equal states have equal digests whatever the order of their dicts. O(size)."""
-    return digest64(msgspec.json.encode(state, order="sorted"))
+    return StateHash().of(state)
+
+
+class StateHash:
+    """`state_hash` for one who sees a state change little by little: a record that stayed isn't encoded again.
+
+    The digest is the sum, modulo 2^64, of the digests of the records and of the rest. Records are frozen, so one that
+    is the same object is the same record.
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[_Digests, ...] = ({}, {}, {})
+
+    def of(self, state: ClusterState) -> str:
+        """The digest. Cost: a look at each record, and the encoding of those that changed since the last call."""
+        rest = (state.cluster, state.position, state.unknown)
+        total = _digest(rest)
+        fresh: list[_Digests] = []
+        for known, records in zip(self._known, (state.instances, state.tombstones, state.drains), strict=True):
+            digests: _Digests = {}
+            for name, record in records.items():
+                found = known.get(name)
+                if found is None or found[0] is not record:
+                    found = (record, _digest(record))
+                digests[name] = found
+                total += found[1]
+            fresh.append(digests)
+        self._known = tuple(fresh)
+        return f"{total % 2**64:016x}"
+
+
+def _digest(record: object) -> int:
+    kind = type(record).__name__
+    return int(digest64(kind.encode() + msgspec.json.encode(record, order="sorted")), 16)
 
 
 def fold(state: ClusterState, record: EventRecord) -> ClusterState:
@@ -51,7 +88,7 @@ def fold(state: ClusterState, record: EventRecord) -> ClusterState:
         case TermBegan():
             changed = state
         case InstanceCreated():
-            changed = _created(state, event.instance, position)
+            changed = _created(state, event, position)
         case InstanceAssigned():
             changed = _assigned(state, event, position)
         case InstanceUnassigned():
@@ -68,10 +105,30 @@ def fold(state: ClusterState, record: EventRecord) -> ClusterState:
             changed = msgspec.structs.replace(state, tombstones=tombstones)
         case _:
             assert_never(event)
-    return msgspec.structs.replace(changed, position=position)
+    return msgspec.structs.replace(changed, position=position, unknown=_known_again(changed.unknown, event))
 
 
-def _created(state: ClusterState, instance: Instance, position: Position) -> ClusterState:
+def _known_again(unknown: dict[str, Any], event: Event) -> dict[str, Any]:
+    """What is still unknown after an event: what it replaced was written anew by this version."""
+    if not unknown:
+        return unknown
+    match event:
+        case InstanceCreated():
+            return pruned(unknown, "instances", event.instance.instance_id)
+        case InstanceDeleted():
+            return pruned(unknown, "instances", event.instance_id)
+        case InstanceAssigned() | InstanceUnassigned():
+            return pruned(unknown, "instances", event.instance_id, "assignment")
+        case NodeDrainStarted():
+            return pruned(unknown, "drains", event.drain.node_id)
+        case TombstonesExpired():
+            return reduce(lambda rest, name: pruned(rest, "tombstones", name), event.instance_ids, unknown)
+        case TermBegan() | NodeDrainEnded():
+            return unknown
+
+
+def _created(state: ClusterState, event: InstanceCreated, position: Position) -> ClusterState:
+    instance = msgspec.structs.replace(event.instance, command_id=event.command_id or event.instance.command_id)
     tombstone = state.tombstones.get(instance.instance_id)
     if tombstone is None:
         return _with_instance(state, msgspec.structs.replace(instance, born=position, position=position))
@@ -111,6 +168,7 @@ def _deleted(state: ClusterState, event: InstanceDeleted, position: Position) ->
         position=position,
         deleted_at=event.deleted_at,
         last_epoch=max(0 if known is None else known.last_epoch for known in (instance, earlier)),
+        command_id=event.command_id,
     )
     return msgspec.structs.replace(
         state,

@@ -7,8 +7,10 @@ TermBegan that directly follows, my hash    folded
 any other event                             snapshot wanted
 master's beat with my position and hash     nothing
 master's beat with another one              snapshot wanted
-snapshot above my position, or of the same  taken
-position and another hash
+snapshot of my position, another hash       taken: one of us has a defect
+snapshot above my position                  taken, if it lacks nothing of mine
+snapshot that lacks something of mine, or   not taken: my beat says `unmerged`, the master's next round merges it
+of an older term
 """
 
 from __future__ import annotations
@@ -16,16 +18,18 @@ from __future__ import annotations
 import msgspec
 
 from skulk.cluster.fold import fold, state_hash
+from skulk.cluster.merge import lacks
 from skulk.wire.beats import MasterBeat
 from skulk.wire.events import EventRecord, TermBegan
 from skulk.wire.state import ClusterState
 
 
 class Followed(msgspec.Struct, frozen=True, kw_only=True):
-    """The state after something was heard, and whether a snapshot is wanted."""
+    """The state after something was heard, whether a snapshot is wanted, and whether the master's lacks something."""
 
     state: ClusterState
     wants_snapshot: bool = False
+    is_unmerged: bool = False
 
 
 def follow_event(state: ClusterState, record: EventRecord) -> Followed:
@@ -47,10 +51,15 @@ def follow_beat(state: ClusterState, own_hash: str, beat: MasterBeat) -> bool:
     return beat.position != state.position or beat.state_hash != own_hash
 
 
-def follow_snapshot(state: ClusterState, own_hash: str, snapshot: ClusterState) -> ClusterState:
-    """The state after the master's snapshot came: never an older one."""
-    if snapshot.cluster != state.cluster or snapshot.position < state.position:
-        return state
-    if snapshot.position == state.position and state_hash(snapshot) == own_hash:
-        return state
-    return snapshot
+def follow_snapshot(state: ClusterState, own_hash: str, snapshot: ClusterState, wall: float) -> Followed:
+    """What the master's snapshot means to a follower. ``wall``: seconds since the epoch."""
+    if snapshot.cluster != state.cluster:
+        return Followed(state=state)
+    if snapshot.position == state.position:
+        return Followed(state=state if state_hash(snapshot) == own_hash else snapshot)
+    if snapshot.position < state.position and snapshot.position.term == state.position.term:
+        # events have overtaken it
+        return Followed(state=state)
+    if snapshot.position < state.position or lacks(snapshot, state, wall):
+        return Followed(state=state, is_unmerged=True)
+    return Followed(state=snapshot)

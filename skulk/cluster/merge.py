@@ -12,11 +12,17 @@ outlives a tombstone, the one that wins does, in any order of merging. A deletio
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, Final, TypeVar
+
+import msgspec
 
 from skulk.wire.state import ClusterState, Drain, Instance, Position, Tombstone
 
 T = TypeVar("T")
+
+DAY_S: Final = 24 * 3600.0
+TOMBSTONE_S: Final = 30 * DAY_S
+"""How long a deletion is remembered."""
 
 
 def merge(a: ClusterState, b: ClusterState) -> ClusterState:
@@ -24,7 +30,7 @@ def merge(a: ClusterState, b: ClusterState) -> ClusterState:
     assert a.cluster == b.cluster, f"{a.cluster!r} and {b.cluster!r} are different clusters"
     tombstones = _united(a.tombstones, b.tombstones, _tombstone_rank)
     instances = _united(a.instances, b.instances, _instance_rank)
-    return ClusterState(
+    merged = ClusterState(
         cluster=a.cluster,
         position=Position(
             term=max(a.position.term, b.position.term),
@@ -33,14 +39,70 @@ def merge(a: ClusterState, b: ClusterState) -> ClusterState:
         instances={name: found for name, found in instances.items() if not _is_covered(found, tombstones)},
         tombstones=tombstones,
         drains=_united(a.drains, b.drains, _drain_rank),
-        partial=a.partial or b.partial,
     )
+    unknown = _united_unknown(merged, *sorted((a, b), key=lambda state: (state.position, repr(state.unknown))))
+    return msgspec.structs.replace(merged, unknown=unknown, partial=bool(unknown))
+
+
+_RECORDS: Final = ("instances", "tombstones", "drains")
+
+
+def _united_unknown(merged: ClusterState, lower: ClusterState, higher: ClusterState) -> dict[str, Any]:
+    """What neither side knows: of a record, what came with the version that won; of the rest, the higher side's."""
+    if not lower.unknown and not higher.unknown:
+        return {}
+    united = {name: value for name, value in (lower.unknown | higher.unknown).items() if name not in _RECORDS}
+    for kind in _RECORDS:
+        kept = {
+            name: rest
+            for side in (lower, higher)
+            for name, rest in side.unknown.get(kind, {}).items()
+            if getattr(side, kind).get(name) == getattr(merged, kind).get(name, ...)
+        }
+        if kept:
+            united[kind] = kept
+    return united
+
+
+def lacks(known: ClusterState, other: ClusterState, wall: float) -> bool:
+    """Whether ``other`` holds what ``known`` lacks: an instance, a newer version of one, a deletion, a drain.
+
+    Tombstones that are nearly as old as they get don't count: ``known`` may have forgotten them by now. ``wall``:
+    seconds since the epoch. Cost: O(size of ``other``).
+    """
+    for name, found in other.instances.items():
+        if _is_covered(found, known.tombstones):
+            continue
+        own = known.instances.get(name)
+        if own is None or _instance_rank(own) < _instance_rank(found):
+            return True
+    for name, tombstone in other.tombstones.items():
+        own_stone = known.tombstones.get(name)
+        is_old = wall - tombstone.deleted_at > TOMBSTONE_S - DAY_S
+        if not is_old and (own_stone is None or own_stone.position < tombstone.position):
+            return True
+    for name, drain in other.drains.items():
+        own_drain = known.drains.get(name)
+        if own_drain is None or own_drain.position < drain.position:
+            return True
+    return False
 
 
 def _united(a: dict[str, T], b: dict[str, T], rank: Callable[[T], tuple[object, ...]]) -> dict[str, T]:
-    names = sorted({*a, *b})
-    versions = ([side[name] for side in (a, b) if name in side] for name in names)
-    return {name: max(found, key=rank) for name, found in zip(names, versions, strict=True)}
+    return {
+        name: _higher(a[name], b[name], rank) if name in a and name in b else (a if name in a else b)[name]
+        for name in sorted({*a, *b})
+    }
+
+
+def _higher(one: T, other: T, rank: Callable[[T], tuple[object, ...]]) -> T:
+    if one is other:
+        return one
+    ranks = rank(one), rank(other)
+    if ranks[0] == ranks[1]:
+        # a tie that only a defect can make; the text breaks it, so that merge stays commutative even then
+        return max(one, other, key=repr)
+    return one if ranks[0] > ranks[1] else other
 
 
 def _is_covered(instance: Instance, tombstones: dict[str, Tombstone]) -> bool:
@@ -49,13 +111,12 @@ def _is_covered(instance: Instance, tombstones: dict[str, Tombstone]) -> bool:
 
 
 def _instance_rank(instance: Instance) -> tuple[object, ...]:
-    # the text breaks a tie that only a defect can make, so that merge stays commutative even then
-    return instance.born, instance.last_epoch, instance.position, repr(instance)
+    return instance.born, instance.last_epoch, instance.position
 
 
 def _tombstone_rank(tombstone: Tombstone) -> tuple[object, ...]:
-    return tombstone.position, repr(tombstone)
+    return (tombstone.position,)
 
 
 def _drain_rank(drain: Drain) -> tuple[object, ...]:
-    return drain.position, repr(drain)
+    return (drain.position,)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from skulk.cluster.merge import TOMBSTONE_S
 from skulk.wire.state import Assignment, ClusterState, Instance
 
 
@@ -23,8 +24,14 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
     stop: tuple[str, ...] = ()
 
 
-def wanted_of(state: ClusterState, node_id: str) -> dict[str, Wanted]:
-    """The runners that the state gives to a node, by runner id."""
+def wanted_of(state: ClusterState, node_id: str, silent_s: float = 0.0) -> dict[str, Wanted]:
+    """The runners that the state gives to a node, by runner id.
+
+    ``silent_s``: how long no master was heard. After 30 days the deletions that this node missed are forgotten
+    everywhere, so it runs nothing until it hears one.
+    """
+    if silent_s > TOMBSTONE_S:
+        return {}
     return {
         instance.assignment.runner_id: Wanted(instance=instance, assignment=instance.assignment)
         for instance in state.instances.values()

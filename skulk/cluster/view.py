@@ -8,18 +8,23 @@ import msgspec
 
 from skulk.cluster.liveness import NODE_LOST_S, NodeLiveness, node_liveness
 from skulk.wire.beats import MasterBeat, NodeBeat, RunnerStatus
-from skulk.wire.state import ClusterState, Instance
+from skulk.wire.state import ClusterState, Drain, Instance
 
 MAX_RUNNERS: Final = 100_000
 """More than any cluster has; what would exceed it is nonsense."""
+KNOWN_S: Final = 24 * 3600.0
 InstancePhase = Literal["pending", "placing", "loading", "ready", "failed"]
 
 
 class NodeView(msgspec.Struct, frozen=True, kw_only=True):
-    """A node's last beat and when it was heard (monotonic seconds of the observer)."""
+    """A node's last beat and when it was heard (monotonic seconds of the observer).
+
+    ``told``: runners of it that have spoken since, and that the beat doesn't name.
+    """
 
     beat: NodeBeat
     heard_at: float
+    told: tuple[str, ...] = ()
 
 
 class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,6 +34,7 @@ class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
         nodes: by node id; gone when lost.
         runners: the newest status of each runner, by runner id.
         master: the last beat of the master that is followed; None while there is none.
+        known: when each node that runs models was last heard, lost ones included, for a day; those that left are out.
     """
 
     state: ClusterState
@@ -36,6 +42,7 @@ class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
     runners: dict[str, RunnerStatus] = {}
     master: MasterBeat | None = None
     master_heard_at: float = 0.0
+    known: dict[str, float] = {}
 
 
 def with_state(view: ClusterView, state: ClusterState) -> ClusterView:
@@ -49,14 +56,48 @@ def with_state(view: ClusterView, state: ClusterState) -> ClusterView:
 def with_node_beat(view: ClusterView, beat: NodeBeat, now: float) -> ClusterView:
     """The view after a node's beat. Its list of runners is whole: what it no longer names is gone.
 
-    Of a node that was started again (another incarnation) nothing older is kept, whatever its clock says.
+    Of a node that was started again (another incarnation) nothing older is kept, whatever its clock says. One that
+    leaves is gone at once.
     """
+    if beat.leaving:
+        return _without_left(view, beat)
     before = view.nodes.get(beat.node_id)
-    known = view.runners if before is None or before.beat.incarnation == beat.incarnation else {}
-    runners = {name: status for name, status in view.runners.items() if status.node_id != beat.node_id}
-    runners.update({status.runner_id: _newer(known.get(status.runner_id), status) for status in beat.runners})
+    before_runners = view.runners if before is None or before.beat.incarnation == beat.incarnation else {}
+    runners = _without_runners_of(view, beat.node_id)
+    for status in beat.runners:
+        other = runners.get(status.runner_id)
+        newest = _newer(before_runners.get(status.runner_id), status) if other is None else status
+        runners[status.runner_id] = _chosen(view.state, other, newest)
     nodes = {**view.nodes, beat.node_id: NodeView(beat=beat, heard_at=now)}
-    return msgspec.structs.replace(view, nodes=nodes, runners=runners)
+    known = view.known if beat.role != "full" else {**view.known, beat.node_id: now}
+    return msgspec.structs.replace(view, nodes=nodes, runners=runners, known=known)
+
+
+def _without_runners_of(view: ClusterView, node_id: str) -> dict[str, RunnerStatus]:
+    """The statuses without those of a node. Cost: a copy, and a look at the node's own; at all for an unknown node."""
+    node = view.nodes.get(node_id)
+    if node is None:
+        return {name: status for name, status in view.runners.items() if status.node_id != node_id}
+    runners = dict(view.runners)
+    for name in (*node.told, *(status.runner_id for status in node.beat.runners)):
+        if name in runners and runners[name].node_id == node_id:
+            del runners[name]
+    return runners
+
+
+def _without_left(view: ClusterView, beat: NodeBeat) -> ClusterView:
+    before = view.nodes.get(beat.node_id)
+    if before is not None and before.beat.incarnation != beat.incarnation:
+        # the last word of an earlier life
+        return view
+    is_master = view.master is not None and view.master.node_id == beat.node_id
+    return msgspec.structs.replace(
+        view,
+        nodes={name: node for name, node in view.nodes.items() if name != beat.node_id},
+        runners=_without_runners_of(view, beat.node_id),
+        master=None if is_master else view.master,
+        known={name: at for name, at in view.known.items() if name != beat.node_id},
+    )
 
 
 def with_runner_status(view: ClusterView, status: RunnerStatus) -> ClusterView:
@@ -64,8 +105,22 @@ def with_runner_status(view: ClusterView, status: RunnerStatus) -> ClusterView:
     known = view.runners.get(status.runner_id)
     if known is None and len(view.runners) >= MAX_RUNNERS:
         return view
-    kept = _newer(known, status)
-    return msgspec.structs.replace(view, runners={**view.runners, status.runner_id: kept})
+    kept = _chosen(view.state, known, status)
+    runners = {**view.runners, status.runner_id: kept}
+    node = view.nodes.get(status.node_id)
+    if known is not None or node is None:
+        return msgspec.structs.replace(view, runners=runners)
+    told = msgspec.structs.replace(node, told=(*node.told, status.runner_id))
+    return msgspec.structs.replace(view, runners=runners, nodes={**view.nodes, status.node_id: told})
+
+
+def _chosen(state: ClusterState, known: RunnerStatus | None, heard: RunnerStatus) -> RunnerStatus:
+    """Of two words about one runner the assigned node's: two sides may have placed it apart; else the later one."""
+    if known is None or known.node_id == heard.node_id:
+        return _newer(known, heard)
+    instance = state.instances.get(heard.instance_id)
+    assigned = None if instance is None else instance.assignment
+    return heard if assigned is not None and assigned.node_id == heard.node_id else known
 
 
 def _newer(known: RunnerStatus | None, heard: RunnerStatus) -> RunnerStatus:
@@ -93,9 +148,10 @@ def without_lost(view: ClusterView, now: float, listening_since: float = 0.0) ->
     lost = {name for name, node in view.nodes.items() if now - max(node.heard_at, listening_since) >= NODE_LOST_S}
     if not lost:
         return view
+    known = {name: at for name, at in view.known.items() if now - at < KNOWN_S}
     nodes = {name: node for name, node in view.nodes.items() if name not in lost}
     runners = {name: status for name, status in view.runners.items() if status.node_id not in lost}
-    return msgspec.structs.replace(view, nodes=nodes, runners=runners)
+    return msgspec.structs.replace(view, nodes=nodes, runners=runners, known=known)
 
 
 def without_master(view: ClusterView) -> ClusterView:
@@ -109,11 +165,28 @@ def liveness_of(view: ClusterView, node_id: str, now: float) -> NodeLiveness:
     return "lost" if node is None else node_liveness(now - node.heard_at)
 
 
+def drain_of(view: ClusterView, node_id: str) -> Drain | None:
+    """The drain that holds a node now; one of a node that was being stopped is over when it is back."""
+    drain = view.state.drains.get(node_id)
+    if drain is None or not drain.active:
+        return None
+    node = view.nodes.get(node_id)
+    is_back = bool(drain.incarnation) and node is not None and node.beat.incarnation != drain.incarnation
+    return None if is_back else drain
+
+
 def runner_of(view: ClusterView, instance: Instance) -> RunnerStatus | None:
     """The status of the runner that serves an instance's present assignment."""
     if instance.assignment is None:
         return None
-    return view.runners.get(instance.assignment.runner_id)
+    status = view.runners.get(instance.assignment.runner_id)
+    # while two sides that placed it apart come together, a runner of this name may still live on another node
+    return status if status is not None and status.node_id == instance.assignment.node_id else None
+
+
+def followers_of(view: ClusterView, node_id: str) -> int:
+    """How many live nodes follow this master by their own word. O(nodes)."""
+    return sum(1 for node in view.nodes.values() if node.beat.master == node_id)
 
 
 def phase_of(view: ClusterView, instance: Instance) -> InstancePhase:

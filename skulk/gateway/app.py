@@ -90,7 +90,7 @@ def build_app(spec: GatewaySpec, bus: Bus, catalogue: Catalogue, clock: Clock) -
     app[CATALOGUE] = catalogue
     app[CARDS] = cards = Cards(replica, catalogue)
     app[STORES] = Stores(bus, replica, spec.node_id, catalogue, cards)
-    app[MASTERS] = Masters(bus, replica, clock)
+    app[MASTERS] = Masters(bus, replica, clock, spec.node_id)
     app[DISPATCHER] = Dispatcher(bus, replica, inbox, clock, spec)
     app[METRICS] = Metrics()
     app[DOORS] = Doors((spec.node_name, socket.gethostname()), spec.allowed_hosts, keys)
@@ -141,6 +141,7 @@ async def _send_beats(app: web.Application) -> None:
             node_id=spec.node_id,
             at=app[CLOCK].wall(),
             open_streams=app[DISPATCHER].open_runs,
+            waiting=app[DISPATCHER].waited_models,
         )
         try:
             await bus.publish(GATEWAY_BEAT, beat, gateway=spec.gateway_id)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Final
@@ -90,6 +91,7 @@ class Dispatcher:
         self._runs: dict[str, Run] = {}
         self._cancels: set[asyncio.Task[None]] = set()
         self._waiting = 0
+        self._waited: Counter[str] = Counter()
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_draining = False
@@ -104,6 +106,11 @@ class Dispatcher:
     def waiting(self) -> int:
         """Requests that wait for an instance to be ready."""
         return self._waiting
+
+    @property
+    def waited_models(self) -> tuple[str, ...]:
+        """The models that they wait for."""
+        return tuple(sorted(self._waited))
 
     @asynccontextmanager
     async def begin(self, generation: Generation, timeout_s: float) -> AsyncGenerator[Run]:
@@ -245,11 +252,16 @@ class Dispatcher:
             raise UnavailableError(
                 "overloaded", f"{MAX_WAITING} requests wait for models to load; ask again later", retry_after_s=5
             )
+        model_id = request.generation.model_id
         self._waiting += 1
+        self._waited[model_id] += 1
         try:
             await self._wait(request, min(request.deadline, self._clock.now() + self._spec.load_wait_s))
         finally:
             self._waiting -= 1
+            self._waited[model_id] -= 1
+            if not self._waited[model_id]:
+                del self._waited[model_id]
 
     async def _wait(self, request: _Request, give_up_at: float) -> None:
         model_id = request.generation.model_id

@@ -21,9 +21,14 @@ _NOT_THE_MASTER: Final = ("not_master", "no_master", "unreachable", "bus_disconn
 
 
 class Masters:
-    """Asks the master of the moment; a change of masters in between is waited out, for the same command id is safe."""
+    """Asks the master of the moment; a change of masters in between is waited out, for the same command id is safe.
 
-    def __init__(self, bus: Bus, replica: Replica, clock: Clock) -> None:
+    Args:
+        node_id: the own node, whose beat tells whether it is cut off from a master that others hear.
+    """
+
+    def __init__(self, bus: Bus, replica: Replica, clock: Clock, node_id: str = "") -> None:
+        self._node_id = node_id
         self._bus = bus
         self._replica = replica
         self._clock = clock
@@ -32,14 +37,15 @@ class Masters:
         """The master's answer.
 
         Raises:
-            UnavailableError: ``no_master``: none was heard, or none answered, for 5 s.
+            UnavailableError: ``no_master``: none was heard, or none answered, for 5 s; ``master_unreachable``: others
+                hear one, this node doesn't.
             SkulkError: what the master answered.
         """
         give_up_at = self._clock.now() + MASTER_WAIT_S
         while True:
             left_s = max(0.0, give_up_at - self._clock.now())
             if not await self._replica.wait_until(lambda view: view.master is not None, left_s):
-                raise _no_master("none has been heard")
+                raise self._unreachable() or _no_master("none has been heard")
             master = self._replica.view.master
             if master is None:
                 continue
@@ -54,6 +60,12 @@ class Masters:
             await self._replica.wait_until(
                 lambda view, asked=asked: view.master is not None and view.master.term != asked, _RETRY_PAUSE_S
             )
+
+    def _unreachable(self) -> UnavailableError | None:
+        node = self._replica.view.nodes.get(self._node_id)
+        reasons = () if node is None else node.beat.warnings
+        found = next((reason for reason in reasons if reason.code == "master_unreachable"), None)
+        return None if found is None else UnavailableError(found.code, found.message, retry_after_s=2)
 
     async def seen(self, position: Position, what: str) -> None:
         """Returns when the own state has reached ``position``: what a client is told, its next read shows.

@@ -7,7 +7,7 @@ from typing import Final
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from skulk.gateway import chat, downloads, generations, instances, models, nodes
+from skulk.gateway import chat, downloads, drains, generations, instances, models, nodes
 from skulk.gateway.keys import SPEC
 from skulk.gateway.replies import json_response
 
@@ -35,6 +35,8 @@ ROUTES: Final[tuple[tuple[str, str, Handler], ...]] = (
     ("GET", "/instance/placement", instances.placement),
     ("GET", "/instance/{instance_id}", instances.show_instance),
     ("DELETE", "/instance/{instance_id}", instances.delete_instance),
+    ("POST", "/nodes/{node}/drain", drains.drain_node),
+    ("DELETE", "/nodes/{node}/drain", drains.undrain_node),
     ("GET", "/models", models.list_models),
     ("GET", "/models/search", models.search_models),
     ("POST", "/models/add", downloads.add_model),

@@ -52,13 +52,12 @@ class Commands:
                 "not_master", "this node is not the master any more; ask again", retry_after_s=1
             ) from None
 
-    async def drop_running(self) -> None:
+    def drop_running(self) -> None:
         """Ends what runs, for the mastership is over; whoever waits is told to ask the next master."""
         running = {name: task for name, (_, task) in self._results.items() if not task.done()}
         for name, task in running.items():
             task.cancel()
             self._forget(name, task)
-        await asyncio.gather(*running.values(), return_exceptions=True)
 
     def _forget(self, command_id: str, task: asyncio.Task[Any]) -> None:
         """Forgets a result, not the one of a later attempt."""

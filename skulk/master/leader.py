@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Final
+
+import msgspec
 
 from skulk.bus.port import Bus
 from skulk.bus.replica import Replica
 from skulk.clock import Clock
-from skulk.cluster.view import ClusterView, with_state
+from skulk.cluster.view import ClusterView, followers_of, with_state
 from skulk.errors import RequestError, ServiceError, UnavailableError
 from skulk.ids import commanded_instance_id, ensured_instance_id, is_token
+from skulk.master.drains import drained_node
 from skulk.master.ledger import Ledger
 from skulk.master.upkeep import (
     Rules,
@@ -23,12 +27,20 @@ from skulk.master.upkeep import (
     with_missing,
     without_expired,
 )
+from skulk.master.waiting import Waiting
 from skulk.placement.decision import place
 from skulk.wire.beats import RunnerStatus
-from skulk.wire.commands import DeleteInstance, DeleteReply, PlacementReply, PlaceModel
+from skulk.wire.commands import (
+    DeleteInstance,
+    DeleteReply,
+    DrainNode,
+    DrainReply,
+    PlacementReply,
+    PlaceModel,
+)
 from skulk.wire.events import InstanceCreated, InstanceDeleted, InstanceUnassigned
 from skulk.wire.placement import PlacementDecision, PlacementRequest
-from skulk.wire.state import Assignment, ClusterState, Instance, Term
+from skulk.wire.state import Assignment, ClusterState, Instance, Position, Term
 
 log = logging.getLogger("skulk.master")
 
@@ -38,17 +50,43 @@ STOP_WAIT_S: Final = 10.0
 SETTLE_S: Final = 5.0
 UPKEEP_S: Final = 0.5
 
+Persist = Callable[[], Awaitable[bool]]
+"""Puts what the own node knows on its disk; False: it could not."""
+
 
 class Leader:
     """What the master does during one term; made when the term begins, dropped when it ends."""
 
-    def __init__(self, bus: Bus, replica: Replica, clock: Clock, term: Term, rules: Rules) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        replica: Replica,
+        clock: Clock,
+        term: Term,
+        rules: Rules,
+        waiting: Waiting | None = None,
+        *,
+        may_write: Callable[[], bool] = lambda: True,
+        persist: Persist | None = None,
+    ) -> None:
+        self._node_id = term.node_id
+        self._persist = persist
+        self._waiting = Waiting(clock) if waiting is None else waiting
         self._replica = replica
         self._clock = clock
         self._rules = rules
-        self._ledger = Ledger(bus, clock, replica.view.state, term, replica.follow)
+        self._ledger = Ledger(
+            bus,
+            clock,
+            replica.view.state,
+            term,
+            replica.follow,
+            lambda: followers_of(replica.view, term.node_id),
+            may_write,
+        )
         self._upkeep = Upkeep(settles_at=clock.now() + SETTLE_S)
         self._placing: set[str] = set()
+        self._ensured: set[str] = set()
 
     @property
     def state(self) -> ClusterState:
@@ -86,14 +124,16 @@ class Leader:
             return await self._find_node(command, begun)
         request = command.request
         if command.ensure and (known := self._known(request.card.model_id)) is not None:
-            return self._reply(command, known, existed=True)
+            return self._existing(command, known)
+        if commanded_instance_id(command.command_id) in self.state.tombstones:
+            raise _deleted_meanwhile(commanded_instance_id(command.command_id))
         decision = await self._decide(request)
         if decision.outcome == "pending":
             raise UnavailableError("facts_pending", decision.reason, retry_after_s=5)
         if decision.outcome == "unplaceable" and not command.ensure:
             raise RequestError("unplaceable", decision.reason)
         if command.ensure and (known := self._known(request.card.model_id)) is not None:
-            return self._reply(command, known, existed=True)
+            return self._existing(command, known)
         instance = Instance(
             instance_id=_instance_id(command),
             request=request,
@@ -114,13 +154,15 @@ class Leader:
         return await self._find_node(command, instance.instance_id, decision)
 
     async def delete(self, command: DeleteInstance) -> DeleteReply:
-        """Deletes an instance and waits until its runner is gone, or its node is away.
+        """Deletes an instance and waits until its runner is gone or, where its node is away, the deletion is safe.
 
         Raises:
             RequestError: ``instance_not_found``.
+            ServiceError: ``disk_full``: this node is alone and can't write the deletion down.
         """
         instance = self.state.instances.get(command.instance_id)
-        if instance is None and isinstance(self._replica.event_of(command.command_id), InstanceDeleted):
+        tombstone = self.state.tombstones.get(command.instance_id)
+        if instance is None and tombstone is not None and tombstone.command_id == command.command_id:
             # an earlier master did it and could not answer any more
             return self._deleted(command)
         if instance is None:
@@ -128,22 +170,54 @@ class Leader:
         event = InstanceDeleted(
             instance_id=command.instance_id, deleted_at=self._clock.wall(), command_id=command.command_id
         )
-        self._ledger.append(event)
-        if instance.assignment is not None:
-            runner = instance.assignment.runner_id
+        position = self._ledger.append(event)
+        assignment = instance.assignment
+        if assignment is not None and assignment.node_id in self._replica.view.nodes:
+            runner = assignment.runner_id
             await self._replica.wait_until(lambda view: _is_gone(view.runners.get(runner)), STOP_WAIT_S)
+        else:
+            await self._make_safe(position)
         return self._deleted(command)
+
+    async def _make_safe(self, position: Position) -> None:
+        """Returns when another node has what was written, or, where there is none, the own disk."""
+        own = self._node_id
+
+        def is_elsewhere(view: ClusterView) -> bool:
+            return any(node.beat.position >= position for name, node in view.nodes.items() if name != own)
+
+        if self._replica.view.nodes.keys() - {own} and await self._replica.wait_until(is_elsewhere, STOP_WAIT_S):
+            return
+        if self._persist is not None and not await self._persist():
+            raise ServiceError("disk_full", "the deletion is not on this node's disk; free some space and ask again")
+
+    async def drain(self, command: DrainNode) -> DrainReply:
+        """Begins or ends a drain; the upkeep moves the instances from now on.
+
+        Raises:
+            RequestError: ``node_not_found``.
+        """
+        node_id, event = drained_node(self.view, command, self._clock.wall())
+        if event is not None:
+            self._ledger.append(event)
+        here = tuple(
+            sorted(
+                name
+                for name, found in self.state.instances.items()
+                if found.assignment is not None and found.assignment.node_id == node_id
+            )
+        )
+        return DrainReply(
+            command_id=command.command_id, node_id=node_id, instance_ids=here, position=self.state.position
+        )
 
     def _deleted(self, command: DeleteInstance) -> DeleteReply:
         return DeleteReply(command_id=command.command_id, instance_id=command.instance_id, position=self.state.position)
 
     def _begun(self, command: PlaceModel) -> str | None:
         """The instance that this command made under an earlier master who could not answer any more."""
-        event = self._replica.event_of(command.command_id)
-        if isinstance(event, InstanceCreated):
-            return event.instance.instance_id
-        own = commanded_instance_id(command.command_id)
-        return own if own in self.state.instances else None
+        found = (name for name, known in self.state.instances.items() if known.command_id == command.command_id)
+        return next(found, None)
 
     def _known(self, model_id: str) -> Instance | None:
         """An instance of the model, whoever asked for it: what ``ensure`` needs to be there."""
@@ -174,7 +248,11 @@ class Leader:
             self._placing.discard(instance_id)
         placed = self.state.instances.get(instance_id)
         if placed is None:
-            raise RequestError("instance_not_found", f"the instance {instance_id} was deleted while it was placed")
+            raise _deleted_meanwhile(instance_id)
+        if placed.assignment is None and instance_id in self._ensured:
+            raise RequestError(
+                "unplaceable", f"{refusal}; the instance {instance_id}, wanted by others too, stays pending"
+            )
         if placed.assignment is None and not command.ensure:
             self._ledger.append(InstanceDeleted(instance_id=instance_id, deleted_at=self._clock.wall()))
             raise RequestError("unplaceable", refusal or f"no node takes the instance {instance_id}")
@@ -216,6 +294,11 @@ class Leader:
         self._ledger.append(InstanceUnassigned(instance_id=instance_id, reason=reason))
         return reason
 
+    def _existing(self, command: PlaceModel, known: Instance) -> PlacementReply:
+        """The answer that promises an instance which is there: from now on it stays, even if it finds no node."""
+        self._ensured.add(known.instance_id)
+        return self._reply(command, known, existed=True)
+
     def _reply(
         self,
         command: PlaceModel,
@@ -241,11 +324,15 @@ class Leader:
             await asyncio.sleep(UPKEEP_S)
             now = self._clock.now()
             view = self.view
-            self._upkeep = without_expired(with_missing(self._upkeep, view, now), view, now)
+            kept = without_expired(with_missing(self._upkeep, view, now), view, now)
+            self._upkeep = msgspec.structs.replace(kept, waited=self._waiting.models())
             for instance in refused_by(view):
                 assert instance.assignment is not None
                 self._upkeep = with_barred(self._upkeep, instance.instance_id, instance.assignment.node_id, now)
-            self._append_due(now)
+            try:
+                self._append_due(now)
+            except UnavailableError:
+                return  # the term is over
 
     def _append_due(self, now: float) -> None:
         for _ in range(len(self.state.instances) + 2):
@@ -266,6 +353,10 @@ def _instance_id(command: PlaceModel) -> str:
     if command.ensure:
         return ensured_instance_id(command.request.card.model_id)
     return command.instance_id or commanded_instance_id(command.command_id)
+
+
+def _deleted_meanwhile(instance_id: str) -> RequestError:
+    return RequestError("instance_not_found", f"the instance {instance_id} was deleted while it was placed")
 
 
 def _answer_missing(view: ClusterView, instance: Instance) -> bool:

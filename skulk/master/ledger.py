@@ -12,7 +12,7 @@ import msgspec
 from skulk.bus.port import Bus
 from skulk.bus.subjects import EVENT, MASTER_BEAT
 from skulk.clock import Clock
-from skulk.cluster.fold import fold, state_hash
+from skulk.cluster.fold import StateHash, fold
 from skulk.cluster.liveness import MASTER_BEAT_S
 from skulk.errors import SkulkError, UnavailableError
 from skulk.wire.beats import MasterBeat
@@ -42,19 +42,31 @@ class Ledger:
         state: what the term starts from.
         term: this mastership.
         on_append: told of each event at once: what the master has written, its own node must never lack.
+        followers: how many live nodes follow, for the beat.
+        may_write: asked before each event: a master that has slept finds out here at the latest.
     """
 
     def __init__(
-        self, bus: Bus, clock: Clock, state: ClusterState, term: Term, on_append: Callable[[EventRecord], None]
+        self,
+        bus: Bus,
+        clock: Clock,
+        state: ClusterState,
+        term: Term,
+        on_append: Callable[[EventRecord], None],
+        followers: Callable[[], int],
+        may_write: Callable[[], bool] = lambda: True,
     ) -> None:
         self._bus = bus
         self._clock = clock
         self._term = term
         self._state = state
         self._on_append = on_append
+        self._followers = followers
+        self._may_write = may_write
         self._is_closed = False
         self._unsent: asyncio.Queue[EventRecord | MasterBeat] = asyncio.Queue(UNSENT_EVENTS)
-        self.append(TermBegan(state_hash=state_hash(state)))
+        self._hashes = StateHash()
+        self.append(TermBegan(state_hash=self._hashes.of(state)))
 
     @property
     def state(self) -> ClusterState:
@@ -72,7 +84,7 @@ class Ledger:
         Raises:
             UnavailableError: ``not_master``: the term has ended.
         """
-        if self._is_closed:
+        if self._is_closed or not self._may_write():
             raise UnavailableError("not_master", "this node is not the master any more; ask again", retry_after_s=1)
         position = Position(term=self._term, seq=self._state.position.seq + 1)
         record = EventRecord(position=position, at=self._clock.wall(), event=event)
@@ -98,8 +110,9 @@ class Ledger:
                     node_id=self._term.node_id,
                     term=self._term,
                     position=self._state.position,
-                    state_hash=state_hash(self._state),
+                    state_hash=self._hashes.of(self._state),
                     at=self._clock.wall(),
+                    followers=self._followers(),
                 )
             )
             await asyncio.sleep(MASTER_BEAT_S)

@@ -1,9 +1,14 @@
 """What a master does by itself: pure, from the view to the events to append.
 
-1. An assignment that its node refused       becomes pending; that node is barred for a while.
-2. An assignment whose node is lost          moves after `replace_after_s`, where another node fits.
-3. A pending instance                        is assigned when a node fits.
-4. A tombstone older than 30 days            is forgotten.
+1. An assignment that its node refused         becomes pending; that node is barred for a while, longer each time.
+2. An assignment to a node that is drained     moves where another node fits, else becomes pending.
+3. An assignment whose node is lost            moves where another node fits: after `replace_after_s` of silence; as
+                                               soon as the node is lost, where a request waits for the model; never
+                                               before `MINORITY_WAIT_S` on a side with fewer than half of the known
+                                               full nodes.
+4. A pending instance                          is assigned when a node fits.
+5. A drain of a node that was being stopped    ends when the node is back.
+6. A tombstone older than 30 days              is forgotten.
 """
 
 from __future__ import annotations
@@ -13,13 +18,16 @@ from typing import Final
 
 import msgspec
 
-from skulk.cluster.view import ClusterView, runner_of
+from skulk.cluster.liveness import NODE_LOST_S
+from skulk.cluster.merge import TOMBSTONE_S
+from skulk.cluster.view import ClusterView, drain_of, runner_of
 from skulk.placement.decision import assign, place
-from skulk.wire.events import Event, InstanceAssigned, InstanceUnassigned, TombstonesExpired
+from skulk.wire.events import Event, InstanceAssigned, InstanceUnassigned, NodeDrainEnded, TombstonesExpired
 from skulk.wire.state import Instance
 
 BARRED_S: Final = 60.0
-TOMBSTONE_S: Final = 30 * 24 * 3600.0
+BARRED_MOST_S: Final = 960.0
+MINORITY_WAIT_S: Final = 120.0
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,41 +42,69 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     default_parallel: int = 16
 
 
+class Barred(msgspec.Struct, frozen=True):
+    """A node that refused an instance ``times`` times and isn't asked again before ``until``."""
+
+    until: float
+    times: int
+
+
 class Upkeep(msgspec.Struct, frozen=True, kw_only=True):
     """What the master remembers between looks; monotonic seconds.
 
     Attributes:
-        barred: by instance, the nodes that refused it and until when they aren't asked again.
-        missing: by node, since when assignments name a node that nobody hears.
+        barred: by instance, the nodes that refused it.
+        missing: by node, since when an assignment's node has been silent.
+        heard: the nodes that this master has heard itself; others' silence begins with its first look.
+        waited: models that requests wait for.
         settles_at: until then nothing moves: a new master hasn't heard everybody yet.
     """
 
-    barred: Mapping[str, Mapping[str, float]] = {}
+    barred: Mapping[str, Mapping[str, Barred]] = {}
     missing: Mapping[str, float] = {}
+    heard: frozenset[str] = frozenset()
+    waited: frozenset[str] = frozenset()
     settles_at: float = 0.0
 
 
 def with_missing(upkeep: Upkeep, view: ClusterView, now: float) -> Upkeep:
     """The memory after a look at who is there."""
     named = {found.assignment.node_id for found in view.state.instances.values() if found.assignment is not None}
-    absent = named - view.nodes.keys()
-    return msgspec.structs.replace(upkeep, missing={node: upkeep.missing.get(node, now) for node in sorted(absent)})
+    missing = {
+        node: upkeep.missing.get(node, now - NODE_LOST_S if node in upkeep.heard else now)
+        for node in sorted(named - view.nodes.keys())
+    }
+    return msgspec.structs.replace(upkeep, missing=missing, heard=upkeep.heard | view.nodes.keys())
 
 
 def with_barred(upkeep: Upkeep, instance_id: str, node_id: str, now: float) -> Upkeep:
-    """The memory after a node refused an instance."""
-    nodes = {**upkeep.barred.get(instance_id, {}), node_id: now + BARRED_S}
-    return msgspec.structs.replace(upkeep, barred={**upkeep.barred, instance_id: nodes})
+    """The memory after a node refused an instance: it is asked again after 60 s, then 120 s, at most 16 minutes."""
+    known = upkeep.barred.get(instance_id, {})
+    before = known.get(node_id)
+    if before is not None and before.until > now:
+        return upkeep
+    times = 1 if before is None else before.times + 1
+    barred = Barred(now + min(BARRED_S * 2 ** (times - 1), BARRED_MOST_S), times)
+    return msgspec.structs.replace(upkeep, barred={**upkeep.barred, instance_id: {**known, node_id: barred}})
 
 
 def without_expired(upkeep: Upkeep, view: ClusterView, now: float) -> Upkeep:
-    """The memory without what no longer matters."""
+    """The memory without what no longer matters; refusals are counted on for 16 minutes after their time."""
     barred = {
         instance_id: kept
         for instance_id, nodes in upkeep.barred.items()
-        if instance_id in view.state.instances and (kept := {n: until for n, until in nodes.items() if until > now})
+        if instance_id in view.state.instances
+        and (kept := {name: found for name, found in nodes.items() if found.until + BARRED_MOST_S > now})
     }
     return msgspec.structs.replace(upkeep, barred=barred)
+
+
+def is_minority(view: ClusterView) -> bool:
+    """Whether fewer than half of the nodes that run models, as far as they are known, are here."""
+    known = set(view.known)
+    known |= {found.assignment.node_id for found in view.state.instances.values() if found.assignment is not None}
+    here = sum(1 for node in view.nodes.values() if node.beat.role == "full")
+    return 2 * here < len(known)
 
 
 def refused_by(view: ClusterView) -> tuple[Instance, ...]:
@@ -97,8 +133,10 @@ def next_event(
     free = tuple(found for name, found in sorted(view.state.instances.items()) if name not in busy)
     decided = (
         _refused(view, free),
+        _drained(upkeep, view, free, now, rules),
         _moved(upkeep, view, free, now, rules),
         _placed(upkeep, view, free, now, rules),
+        _returned(view),
         _expired(view, wall),
     )
     return next((event for found in decided for event in found), None)
@@ -108,7 +146,8 @@ def placement_of(
     upkeep: Upkeep, view: ClusterView, instance: Instance, now: float, rules: Rules
 ) -> InstanceAssigned | None:
     """The assignment of an instance to the best node that isn't barred; None where none fits."""
-    barred = tuple(sorted(node for node, until in upkeep.barred.get(instance.instance_id, {}).items() if until > now))
+    refusals = upkeep.barred.get(instance.instance_id, {})
+    barred = tuple(sorted(node for node, found in refusals.items() if found.until > now))
     request = msgspec.structs.replace(instance.request, excluded_nodes=(*instance.request.excluded_nodes, *barred))
     decision = place(view, request, now, default_parallel=rules.default_parallel)
     if decision.outcome != "placed":
@@ -126,16 +165,34 @@ def _refused(view: ClusterView, instances: tuple[Instance, ...]) -> Iterator[Eve
         yield InstanceUnassigned(instance_id=instance.instance_id, reason=reason)
 
 
+def _drained(
+    upkeep: Upkeep, view: ClusterView, instances: tuple[Instance, ...], now: float, rules: Rules
+) -> Iterator[Event]:
+    for instance in instances:
+        if instance.assignment is None or (drain := drain_of(view, instance.assignment.node_id)) is None:
+            continue
+        reason = f"node {instance.assignment.node_id} is drained" + (f": {drain.reason}" if drain.reason else "")
+        moved = placement_of(upkeep, view, instance, now, rules)
+        if moved is not None:
+            yield msgspec.structs.replace(moved, reason=reason)
+        else:
+            yield InstanceUnassigned(instance_id=instance.instance_id, reason=f"{reason}; no other node fits")
+
+
 def _moved(
     upkeep: Upkeep, view: ClusterView, instances: tuple[Instance, ...], now: float, rules: Rules
 ) -> Iterator[Event]:
-    if now < upkeep.settles_at:
+    if now < upkeep.settles_at or not upkeep.missing:
         return
+    patience_s = max(rules.replace_after_s, MINORITY_WAIT_S) if is_minority(view) else rules.replace_after_s
     for instance in instances:
         if instance.assignment is None:
             continue
         since = upkeep.missing.get(instance.assignment.node_id)
-        if since is None or now - since < rules.replace_after_s:
+        if since is None:
+            continue
+        is_waited = instance.model_id in upkeep.waited and patience_s == rules.replace_after_s
+        if now - since < (min(NODE_LOST_S, patience_s) if is_waited else patience_s):
             continue
         moved = placement_of(upkeep, view, instance, now, rules)
         if moved is not None:
@@ -151,6 +208,12 @@ def _placed(
             placed = placement_of(upkeep, view, instance, now, rules)
             if placed is not None:
                 yield placed
+
+
+def _returned(view: ClusterView) -> Iterator[Event]:
+    for name, drain in sorted(view.state.drains.items()):
+        if drain.active and drain.incarnation and name in view.nodes and drain_of(view, name) is None:
+            yield NodeDrainEnded(node_id=name)
 
 
 def _expired(view: ClusterView, wall: float) -> Iterator[Event]:

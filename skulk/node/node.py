@@ -19,7 +19,8 @@ from skulk.cluster.view import ClusterView
 from skulk.errors import RequestError, SkulkError
 from skulk.node.hosting import Hosting
 from skulk.node.identity import NodeIdentity
-from skulk.node.storage import StateFile
+from skulk.node.storage import TOUCH_S, StateFile
+from skulk.node.twins import Twins
 from skulk.wire.base import PROTOCOL
 from skulk.wire.beats import DiskFacts, HealthReason, MemoryFacts, NodeBeat, Role, SystemFacts
 from skulk.wire.commands import History, HistoryRequest, Snapshot, SnapshotRequest
@@ -84,6 +85,8 @@ class Node:
         hosting: its runners.
         authority: the master's own state while this node leads, else None.
         roles: asked at each beat, for addresses are known only after the start.
+        unreachable: the master that others hear and this node doesn't; empty where there is none.
+        master_heard_at: when a master was last heard before this start, seconds since the epoch; None: never.
     """
 
     def __init__(
@@ -98,7 +101,12 @@ class Node:
         state_file: StateFile,
         authority: Callable[[], ClusterState | None],
         roles: Callable[[], NodeRoles],
+        unreachable: Callable[[], str] = lambda: "",
+        master_heard_at: float | None = None,
     ) -> None:
+        self._unreachable = unreachable
+        self._master_heard_at = clock.wall() if master_heard_at is None else master_heard_at
+        self._touched_at = clock.now()
         self._bus = bus
         self._replica = replica
         self._clock = clock
@@ -110,10 +118,16 @@ class Node:
         self._roles = roles
         self._started_at = clock.wall()
         self._measured: Measured | None = None
+        self._twins = Twins(identity.node_id, identity.incarnation, self._started_at)
 
     async def run(self) -> None:
-        """Plays the role until cancelled; then its runners are stopped and the state is on disk."""
+        """Plays the role until cancelled; then its runners are stopped and the state is on disk.
+
+        Raises:
+            StartError: ``node_id_in_use``: another process, started before this one, has the same identity.
+        """
         replica = self._replica
+        stop_nodes = replica.on_node_beat(lambda beat: self._twins.heard(beat, self._clock.now()))
         stop_listening = replica.on_change(self._view_changed)
         stop_statuses = replica.on_runner_status(self._hosting.heard)
         node_id = self._identity.node_id
@@ -125,16 +139,25 @@ class Node:
                 tasks.create_task(self._beat(tasks), name="node-beat")
                 tasks.create_task(self._hosting.run(), name="hosting")
                 tasks.create_task(self._state_file.run(), name="state-file")
+                tasks.create_task(self._twins.stop_for_one(), name="twins")
         finally:
+            stop_nodes()
             stop_listening()
             stop_statuses()
             await self._state_file.flush()
+            await self._say_goodbye()
             await events_service.close(drain_s=0.0)
             await node_service.close(drain_s=0.0)
 
     def _view_changed(self, view: ClusterView) -> None:
-        self._hosting.want(wanted_of(view.state, self._identity.node_id))
+        if view.master is not None:
+            self._master_heard_at = self._clock.wall()
+        silent_s = self._clock.wall() - self._master_heard_at
+        self._hosting.want(wanted_of(view.state, self._identity.node_id, silent_s))
         self._state_file.offer(view.state)
+        if view.master is not None and self._clock.now() - self._touched_at >= TOUCH_S:
+            self._touched_at = self._clock.now()
+            self._state_file.touch()
 
     async def _beat(self, tasks: asyncio.TaskGroup) -> None:
         """Speaks every second, with the last facts where measuring takes long or fails: a slow disk is no lost node."""
@@ -181,7 +204,7 @@ class Node:
             load=measured.load,
             models=measured.models,
             runners=self._hosting.statuses(),
-            warnings=measured.warnings,
+            warnings=(*measured.warnings, *self._cut_off()),
             position=view.state.position,
             state_hash=self._replica.hash,
             master=None if view.master is None else view.master.node_id,
@@ -192,7 +215,30 @@ class Node:
             files=roles.files,
             hub=roles.hub,
             downloads=roles.downloads,
+            unmerged=self._replica.is_unmerged,
         )
+
+    def _cut_off(self) -> tuple[HealthReason, ...]:
+        master = self._unreachable()
+        if not master:
+            return ()
+        reason = HealthReason(
+            level="error",
+            code="master_unreachable",
+            message=f"this node doesn't hear the master {master}, which other nodes do; it can't place or delete now",
+            remediation="Check the network between the two: each must reach the other's route port",
+        )
+        return (reason,)
+
+    async def _say_goodbye(self) -> None:
+        """The last beat: nobody has to wait for this node's silence."""
+        if self._measured is None or self._bus.state != "connected":
+            return
+        beat = msgspec.structs.replace(self._compose(self._measured), leaving=True)
+        try:
+            await self._bus.publish(NODE_BEAT, beat, node=self._identity.node_id)
+        except SkulkError as error:
+            log.info("no goodbye: %s", error)
 
     async def _snapshot(self, call: Call[SnapshotRequest]) -> Snapshot:
         del call

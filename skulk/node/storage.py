@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -17,6 +17,8 @@ from skulk.wire.state import ClusterState
 log = logging.getLogger("skulk.node")
 
 RETRY_S: Final = 10.0
+TOUCH_S: Final = 3_600.0
+"""While a master is heard the file is written at least so often: its date tells when that was."""
 
 
 def load_state(home: Path, cluster: str) -> ClusterState | None:
@@ -35,7 +37,7 @@ def load_state(home: Path, cluster: str) -> ClusterState | None:
     except OSError as error:
         raise _unusable(path, error) from error
     try:
-        state = msgspec.json.decode(body, type=ClusterState)
+        state = ClusterState.opened(msgspec.json.decode(body, type=dict[str, Any]))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         aside = path.with_suffix(".damaged.json")
         try:
@@ -50,6 +52,14 @@ def load_state(home: Path, cluster: str) -> ClusterState | None:
         log.warning("%s belongs to the cluster %r, not %r; it is not used", path, state.cluster, cluster)
         return None
     return state
+
+
+def state_date(home: Path) -> float | None:
+    """When a master was last heard, within the hour, seconds since the epoch; None where there is no state."""
+    try:
+        return (home / "state.json").stat().st_mtime
+    except OSError:
+        return None
 
 
 def _unusable(path: Path, error: OSError) -> StartError:
@@ -67,6 +77,7 @@ class StateFile:
         self._path = home / "state.json"
         self._newest: ClusterState | None = None
         self._written = ""
+        self._touch = False
         self._changed = asyncio.Event()
         self._writing = asyncio.Lock()
 
@@ -75,6 +86,11 @@ class StateFile:
         if state is not self._newest:
             self._newest = state
             self._changed.set()
+
+    def touch(self) -> None:
+        """Has the newest state written again, so that its date is of today."""
+        self._touch = True
+        self._changed.set()
 
     async def run(self) -> None:
         """Writes what is offered until cancelled; what could not be written is tried again."""
@@ -95,8 +111,9 @@ class StateFile:
         """
         async with self._writing:
             state = self._newest
-            if state is None or (digest := state_hash(state)) == self._written:
+            if state is None or ((digest := state_hash(state)) == self._written and not self._touch):
                 return True
+            self._touch = False
             write = asyncio.ensure_future(asyncio.to_thread(write_atomic, self._path, msgspec.json.encode(state)))
             try:
                 await asyncio.shield(write)

@@ -28,11 +28,11 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from skulk.cluster.view import ClusterView, NodeView, liveness_of
+from skulk.cluster.view import ClusterView, NodeView, drain_of, liveness_of
 from skulk.ids import runner_id
 from skulk.placement.backends import Ranked, rank_of
 from skulk.placement.memory import Fit, context_limit, fit_context, largest_context, least_need
-from skulk.placement.rooms import room
+from skulk.placement.rooms import rooms
 from skulk.placement.weights import holds, why_not_fetched
 from skulk.units import format_bytes
 from skulk.wire.base import PROTOCOL
@@ -95,7 +95,7 @@ def place(
         now: seconds on the clock of the view's ``heard_at``.
         default_parallel: sequences side by side where the request doesn't say.
 
-    Cost: O(nodes x (instances + log context)).
+    Cost: O(instances + nodes x log context).
     """
     # 1.
     impossible = _impossible(request)
@@ -103,7 +103,8 @@ def place(
         return PlacementDecision(outcome="unplaceable", reason=impossible, reports=_unjudged(view, impossible))
     # 2.
     n_parallel = default_parallel if request.n_parallel is None else request.n_parallel
-    reports = tuple(_report(view, request, node_id, n_parallel, now) for node_id in sorted(view.nodes))
+    have = rooms(view)
+    reports = tuple(_report(view, request, node_id, n_parallel, now, have[node_id]) for node_id in sorted(view.nodes))
     fitting = [report for report in reports if report.filter is None]
     # 3.
     if fitting:
@@ -168,7 +169,9 @@ def _unjudged(view: ClusterView, reason: str) -> tuple[NodeReport, ...]:
     )
 
 
-def _report(view: ClusterView, request: PlacementRequest, node_id: str, n_parallel: int, now: float) -> NodeReport:
+def _report(
+    view: ClusterView, request: PlacementRequest, node_id: str, n_parallel: int, now: float, have: int
+) -> NodeReport:
     """Step 2 for one node."""
     node = view.nodes[node_id]
     verdict = _absent(view, node, now) or _unwanted(view, request, node) or _unready(node)  # a. to g.
@@ -184,7 +187,7 @@ def _report(view: ClusterView, request: PlacementRequest, node_id: str, n_parall
             node_id=node_id, name=node.beat.name, filter=verdict.filter, detail=verdict.detail, backend=backend
         )
     assert ranked is not None
-    return _sized(request, node, ranked, n_parallel, room(view, node_id))  # j.
+    return _sized(request, node, ranked, n_parallel, have)  # j.
 
 
 def _absent(view: ClusterView, node: NodeView, now: float) -> _Verdict | None:
@@ -204,8 +207,8 @@ def _unwanted(view: ClusterView, request: PlacementRequest, node: NodeView) -> _
         return _Verdict("excluded", "named in excluded_nodes")
     if request.node_ids and not names & set(request.node_ids):  # e.
         return _Verdict("not_selected", f"node_ids names only {', '.join(request.node_ids)}")
-    drain = view.state.drains.get(node.beat.node_id)
-    if drain is not None and drain.active:  # f.
+    drain = drain_of(view, node.beat.node_id)
+    if drain is not None:  # f.
         return _Verdict("draining", drain.reason or "takes no new work")
     return None
 

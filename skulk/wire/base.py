@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar, cast, runtime_checkable
 
 import msgspec
 
@@ -19,6 +19,15 @@ _DECODERS: dict[Any, msgspec.json.Decoder[Any]] = {}
 
 class Wire(msgspec.Struct, frozen=True, kw_only=True):
     """A record of the bus. A new field has a default, a type never changes, unknown fields are ignored."""
+
+
+@runtime_checkable
+class Open(Protocol):
+    """A message that must not lose what a newer version wrote into it."""
+
+    def opened(self, raw: dict[str, Any]) -> Any:
+        """The same with that kept. ``raw``: its JSON."""
+        ...
 
 
 class ErrorBody(Wire, frozen=True, kw_only=True):
@@ -60,7 +69,7 @@ def encode(message: Any) -> bytes:
 
 
 def decode(body: bytes, kind: type[T]) -> T:
-    """A message from JSON; decoders are kept per type.
+    """A message from JSON; decoders are kept per type. An `Open` one keeps what this version doesn't know.
 
     Raises:
         ServiceError: ``invalid_message``: the bytes are no JSON or not of this shape.
@@ -69,7 +78,11 @@ def decode(body: bytes, kind: type[T]) -> T:
     if decoder is None:
         decoder = _DECODERS[kind] = msgspec.json.Decoder(kind)
     try:
-        return decoder.decode(body)
+        message = decoder.decode(body)
+        # what was written by this very version comes out as it went in, and needs no second look
+        if not isinstance(message, Open) or _ENCODER.encode(message) == body:
+            return cast("T", message)
+        return cast("T", message.opened(msgspec.json.decode(body)))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ServiceError("invalid_message", f"not a {getattr(kind, '__name__', kind)}: {error}") from error
     except RecursionError:

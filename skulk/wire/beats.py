@@ -109,6 +109,8 @@ class NodeBeat(Wire, frozen=True, kw_only=True):
         files: ``host:port`` where it serves its weights to neighbours; None: it doesn't.
         hub: it may fetch weights from the hub.
         downloads: the weights on their way to its disk, and those that failed lately.
+        unmerged: its state holds what the master's lacks; the master's next round takes it in.
+        leaving: its last beat: it stops in order and is not to be waited for.
     """
 
     node_id: str
@@ -137,23 +139,33 @@ class NodeBeat(Wire, frozen=True, kw_only=True):
     files: str | None = None
     hub: bool = False
     downloads: tuple[DownloadStatus, ...] = ()
+    unmerged: bool = False
+    leaving: bool = False
 
 
 class MasterBeat(Wire, frozen=True, kw_only=True):
-    """The master's beat, every 0.5 s: its term, position, and the digest of its state."""
+    """The master's beat, every 0.5 s: its term, position, and the digest of its state.
+
+    ``followers``: live nodes whose beats name it; decides who leads when two masters meet.
+    """
 
     node_id: str
     term: Term
     position: Position
     state_hash: str
     at: float
+    followers: int = 0
 
 
 class GatewayBeat(Wire, frozen=True, kw_only=True):
-    """A gateway's beat, every second, so that runners cancel the requests of one that is gone."""
+    """A gateway's beat, every second, so that runners cancel the requests of one that is gone.
+
+    ``waiting``: models that requests wait for because no instance of them is ready.
+    """
 
     gateway_id: str
     incarnation: str
     node_id: str
     at: float
     open_streams: int = 0
+    waiting: tuple[str, ...] = ()

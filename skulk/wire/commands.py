@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import msgspec
+
 from skulk.wire.base import Wire
+from skulk.wire.beats import RunnerStatus
 from skulk.wire.events import EventRecord
 from skulk.wire.placement import PlacementDecision, PlacementRequest
-from skulk.wire.state import Assignment, ClusterState, Position
+from skulk.wire.state import NO_TERM, Assignment, ClusterState, Position, Term
 
 
 class PlaceModel(Wire, frozen=True, kw_only=True):
@@ -59,6 +64,82 @@ class DeleteReply(Wire, frozen=True, kw_only=True):
     position: Position
 
 
+class DrainNode(Wire, frozen=True, kw_only=True):
+    """Take no new work to a node and move its instances; ``undo``: take work there again.
+
+    Attributes:
+        node: id or name.
+        incarnation: of a node that is being stopped: the drain ends when the node returns. Empty: until undone.
+    """
+
+    command_id: str
+    node: str
+    undo: bool = False
+    reason: str = ""
+    incarnation: str = ""
+
+
+class DrainReply(Wire, frozen=True, kw_only=True):
+    """Answer to `DrainNode`. ``instance_ids``: what still has to leave the node."""
+
+    command_id: str
+    node_id: str
+    instance_ids: tuple[str, ...] = ()
+    position: Position
+
+
+class PreVote(Wire, frozen=True, kw_only=True):
+    """Asked before a campaign: does a master live?"""
+
+    candidate: str
+
+
+class PreVoted(Wire, frozen=True, kw_only=True):
+    """Answer to `PreVote`; it promises nothing.
+
+    Attributes:
+        master: term of the master that this node is, or has heard within the last second; None: there is none.
+        is_ready: this node would lead, and will have lost patience within half a second.
+        is_partial: its state holds what its version doesn't understand.
+        highest: the highest term that it has seen.
+    """
+
+    node_id: str
+    master: Term | None = None
+    is_ready: bool = False
+    is_partial: bool = False
+    highest: Term = NO_TERM
+
+
+class Gather(Wire, frozen=True, kw_only=True):
+    """Asked in a round: a new master is about to write in ``term``, so a master of a lower one stops before it answers.
+
+    ``state_hash``: of what the asker knows already.
+    """
+
+    term: Term
+    state_hash: str
+
+
+class Gathered(Wire, frozen=True, kw_only=True):
+    """Answer to `Gather`.
+
+    Attributes:
+        highest: the highest term that this node has seen.
+        state: what it knows; None where the asker knows the same.
+        runners: what runs here.
+    """
+
+    node_id: str
+    highest: Term = NO_TERM
+    state: ClusterState | None = None
+    runners: tuple[RunnerStatus, ...] = ()
+
+    def opened(self, raw: dict[str, Any]) -> Gathered:
+        """With what a newer version wrote into the state."""
+        return self if self.state is None else msgspec.structs.replace(self, state=ClusterState.opened(raw["state"]))
+
+
 class SnapshotRequest(Wire, frozen=True, kw_only=True):
     """Ask a node for its whole state."""
 
@@ -70,6 +151,10 @@ class Snapshot(Wire, frozen=True, kw_only=True):
 
     node_id: str
     state: ClusterState
+
+    def opened(self, raw: dict[str, Any]) -> Snapshot:
+        """With what a newer version wrote into the state."""
+        return msgspec.structs.replace(self, state=ClusterState.opened(raw["state"]))
 
 
 class HistoryRequest(Wire, frozen=True, kw_only=True):

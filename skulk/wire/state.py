@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import msgspec
+
 from skulk.wire.base import Wire
 from skulk.wire.placement import MemoryEstimate, PlacementRequest
+from skulk.wire.unknown import opened
 
 
 class Term(Wire, frozen=True, kw_only=True, order=True):
@@ -60,6 +65,7 @@ class Instance(Wire, frozen=True, kw_only=True):
         created_at: seconds since the epoch.
         born: position of the event that created it; a tombstone covers what was born up to its position.
         position: of the event that wrote this version.
+        command_id: of the client's command that created it: the command, repeated, finds it.
     """
 
     instance_id: str
@@ -70,6 +76,7 @@ class Instance(Wire, frozen=True, kw_only=True):
     created_at: float = 0.0
     born: Position = ORIGIN
     position: Position = ORIGIN
+    command_id: str = ""
 
     @property
     def model_id(self) -> str:
@@ -82,12 +89,14 @@ class Tombstone(Wire, frozen=True, kw_only=True):
     Attributes:
         last_epoch: of the deleted instance; one that is made again under this id goes on from there, so that no
             runner id is ever used twice.
+        command_id: of the client's command that deleted it.
     """
 
     instance_id: str
     position: Position
     deleted_at: float
     last_epoch: int = 0
+    command_id: str = ""
 
 
 class Drain(Wire, frozen=True, kw_only=True):
@@ -96,12 +105,14 @@ class Drain(Wire, frozen=True, kw_only=True):
     Attributes:
         since: seconds since the epoch.
         position: of the event that wrote this version; the higher wins in a merge.
+        incarnation: of a node that was being stopped; the drain is over for any other one. Empty: until undone.
     """
 
     node_id: str
     since: float
     reason: str = ""
     active: bool = True
+    incarnation: str = ""
     position: Position = ORIGIN
 
 
@@ -109,7 +120,8 @@ class ClusterState(Wire, frozen=True, kw_only=True):
     """The fold of the log up to ``position``.
 
     Attributes:
-        partial: an event was skipped that this version doesn't know; fetch snapshots instead of folding.
+        partial: it holds what this version doesn't know; fetch snapshots instead of folding.
+        unknown: that, by path (see `skulk.wire.unknown`).
     """
 
     cluster: str
@@ -118,3 +130,10 @@ class ClusterState(Wire, frozen=True, kw_only=True):
     tombstones: dict[str, Tombstone] = {}
     drains: dict[str, Drain] = {}
     partial: bool = False
+    unknown: dict[str, Any] = {}
+
+    @classmethod
+    def opened(cls, raw: dict[str, Any]) -> ClusterState:
+        """A state out of its JSON, with what this version doesn't know kept beside it."""
+        state = opened(raw, cls)
+        return msgspec.structs.replace(state, partial=bool(state.unknown))

@@ -155,7 +155,7 @@ class FakeNode:
         clock = bus.clock
         self.bus = bus
         self.machine = machine
-        self.replica = Replica(bus, clock, state)
+        self.replica = Replica(bus, clock, state, keeps=True)
         self.hosting = Hosting(bus, clock, node_id, machine)
         self.master = Master(
             bus, self.replica, clock, node_id=node_id, incarnation="0001", patience_s=patience_s, can_lead=can_lead

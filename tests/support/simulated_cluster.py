@@ -1,185 +1,414 @@
-"""One to three nodes and a client on one MemoryBus, a seeded network between them, and a witness of all they say."""
+"""One to nine nodes and two clients on one MemoryBus, a seeded network between them, and every fault that it knows.
+
+``run(seed)`` is the same run each time: time, dice and ids come from the seed.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Final, TypeVar
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any, Final, TypeVar
+
+import msgspec
 
 from skulk.bus.memory_bus import MemoryBus, MemoryHub
 from skulk.bus.replica import Replica
-from skulk.bus.subjects import EVENT, MASTER_BEAT, MASTER_DELETE, MASTER_PLACE, NODE_BEAT, Endpoint
+from skulk.bus.subjects import GATEWAY_BEAT, MASTER_DELETE, MASTER_DRAIN, MASTER_PLACE, Endpoint
 from skulk.bus.transport import Raw
+from skulk.cluster.fold import state_hash
+from skulk.cluster.merge import lacks, merge
 from skulk.cluster.reconcile import wanted_of
+from skulk.cluster.view import drain_of, with_state
 from skulk.errors import SkulkError
 from skulk.gateway.masters import Masters
-from skulk.node.storage import StateFile
-from skulk.wire.base import decode
-from skulk.wire.commands import DeleteInstance, DeleteReply, PlacementReply, PlaceModel
-from skulk.wire.events import InstanceCreated, InstanceDeleted
+from skulk.ids import ensured_instance_id
+from skulk.placement.decision import place
+from skulk.wire.beats import GatewayBeat
+from skulk.wire.commands import DeleteInstance, DeleteReply, DrainNode, PlacementReply, PlaceModel
+from skulk.wire.events import EventRecord
 from skulk.wire.placement import PlacementRequest
-from skulk.wire.state import Position, Term
-from tests.support.control_plane import FakeMachine, FakeNode, FrozenBus
-from tests.support.states import card
-from tests.support.virtual_time import VirtualClock
+from skulk.wire.state import ClusterState, Position, Term
+from tests.support.simulated_node import MODELS, Disk, Life, Machine
+from tests.support.simulated_witness import Meetings, Witness
+from tests.support.states import GIB, card
+from tests.support.virtual_time import EPOCH_S, VirtualClock, VirtualLoop
 
 R = TypeVar("R")
 
 LOST: Final = 0.05
 TWICE: Final = 0.05
 LATE: Final = 0.2
-CONTROL: Final = ("event", "beat", "status")
+VERY_LATE: Final = 0.005
+CONTROL: Final = ("event", "beat", "status", "election", "master", "node")
+BUS_GIVES_UP_S: Final = 3.5
 
 
-class NoFile(StateFile):
-    """Writes nothing: a thread has no place in virtual time."""
+class Client:
+    """A gateway's part in placing and deleting."""
 
-    def __init__(self) -> None:
-        super().__init__(Path())
+    def __init__(self, hub: MemoryHub, name: str, clock: VirtualClock) -> None:
+        self.name = name
+        self.bus = MemoryBus(hub, cluster="test", name=name, clock=clock)
+        self.replica = Replica(self.bus, clock)
+        self.masters = Masters(self.bus, self.replica, clock)
+        self.task: asyncio.Task[None] | None = None
 
-    async def flush(self) -> bool:
-        return True
+    async def run(self, dice: random.Random) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.replica.run())
+            tasks.create_task(self._beat(dice))
 
-
-class Witness:
-    """Hears everything as it is sent, and checks what must hold at every moment."""
-
-    def __init__(self) -> None:
-        self.writers: dict[Term, str] = {}
-        self.hashes: dict[Position, str] = {}
-        self.created: dict[str, set[str]] = {}
-        self.deleted: set[str] = set()
-
-    def hear(self, sender: str, message: Raw) -> None:
-        plane, noun = message.subject.split(".")[3:5]
-        if plane == "event" and message.reply == "":
-            self._event(sender, message.body)
-        elif (plane, noun) == ("beat", "master"):
-            beat = decode(message.body, MASTER_BEAT.payload)
-            self._writes(beat.term, sender)
-            self._stands(beat.position, beat.state_hash)
-        elif (plane, noun) == ("beat", "node"):
-            beat = decode(message.body, NODE_BEAT.payload)
-            self._stands(beat.position, beat.state_hash)
-
-    def _event(self, sender: str, body: bytes) -> None:
-        record = decode(body, EVENT.payload)
-        self._writes(record.position.term, sender)
-        if isinstance(record.event, InstanceCreated):
-            self.created.setdefault(record.event.command_id, set()).add(record.event.instance.instance_id)
-        if isinstance(record.event, InstanceDeleted):
-            self.deleted.add(record.event.instance_id)
-
-    def _writes(self, term: Term, sender: str) -> None:
-        assert self.writers.setdefault(term, sender) == sender, f"two writers of {term}"
-
-    def _stands(self, position: Position, digest: str) -> None:
-        if position.seq:
-            assert self.hashes.setdefault(position, digest) == digest, f"two states at {position}"
+    async def _beat(self, dice: random.Random) -> None:
+        """Requests wait for a model now and then."""
+        waiting: tuple[str, ...] = ()
+        while True:
+            if dice.random() < 0.1:
+                waiting = (dice.choice(MODELS),) if dice.random() < 0.5 else ()
+            beat = GatewayBeat(gateway_id=self.name, incarnation="0001", node_id="n0", at=0.0, waiting=waiting)
+            if self.bus.state == "connected":
+                await self.bus.publish(GATEWAY_BEAT, beat, gateway=self.name)
+            await asyncio.sleep(1.0)
 
 
 class SimulatedCluster:
-    """The nodes, a client, and the dice.
+    """The nodes, two clients, the network and the dice.
 
-    Args:
-        leaders: how many of the nodes may lead.
+    Attributes:
+        is_rough: messages are lost, doubled and late.
+        lives: the nodes that run, by id; a clone runs beside its original under another name.
     """
 
-    def __init__(self, seed: int, nodes: int, leaders: int) -> None:
+    def __init__(self, seed: int, nodes: int) -> None:
         self.random = random.Random(seed)
-        self.clock = VirtualClock()
-        self.witness = Witness()
+        self.clocks = {f"n{number}": VirtualClock() for number in range(nodes)}
+        self.witness = Witness(self)
         self.hub = MemoryHub(seed=seed)
         self.hub.disturb = self._disturb
-        self.is_rough = True
-        self.nodes = [self._node(f"node{number}", can_lead=number < leaders) for number in range(nodes)]
-        self.client = MemoryBus(self.hub, cluster="test", name="client", clock=self.clock)
-        self.replica = Replica(self.client, self.clock)
-        self.masters = Masters(self.client, self.replica, self.clock)
-        self.failure: BaseException | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self.is_rough = False
+        self.slow: set[str] = set()
+        self.cuts: set[tuple[str, str]] = set()
+        self.sides: dict[str, int] = {}
+        self.disks = {name: Disk() for name in self.clocks}
+        self.lives: dict[str, Life] = {}
+        self.clones: list[Life] = []
+        self.clients = [Client(self.hub, f"client{number}", VirtualClock()) for number in range(2)]
+        self.told: dict[str, str] = {}
+        self.deleted: set[str] = set()
+        self.unsure: set[str] = set()
+        self.drained: set[str] = set()
+        self.meetings = Meetings(2.5)
+        self._apart_until: dict[frozenset[str], float] = {}
+        self._apart_since: dict[frozenset[str], float] = {}
+        self._leads_since: dict[str, float] = {}
+        self._paused: dict[Term, float] = {}
+        self._paused_at: dict[str, float] = {}
         self._asked = 0
+        self._watch: asyncio.Task[None] | None = None
+        self.loop: VirtualLoop | None = None
+        self.story: Callable[[str], None] | None = None
 
-    def _node(self, name: str, *, can_lead: bool) -> FakeNode:
-        bus = FrozenBus(self.hub, cluster="test", name=name, clock=self.clock)
-        return FakeNode(bus, NoFile(), name, FakeMachine(), patience_s=1.5, can_lead=can_lead)
+    def note(self, text: str) -> None:
+        """A line of the story; `story`, where it is set, is given each."""
+        if self.story is not None:
+            self.story(f"{self.now():9.3f} {text}")
+
+    # The network
 
     def _disturb(self, sender: str, receiver: str, message: Raw) -> Sequence[float]:
         tokens = message.subject.split(".")
         is_control = tokens[0] == "skulk" and tokens[3] in CONTROL
         if is_control:
-            try:
-                self.witness.hear(sender, message)
-            except AssertionError as error:
-                self.failure = self.failure or error
+            self.witness.hear(sender, message)
+        if sender == receiver:
+            return (0.0,)
+        if (sender, receiver) in self.cuts or self.sides.get(sender, 0) != self.sides.get(receiver, 0):
+            return ()
+        extra = self.random.uniform(0.0, 0.4) if self.slow and (sender in self.slow or receiver in self.slow) else 0.0
+        if not self.is_rough:
+            return (extra + 0.001,)
         dice = self.random.random()
-        if not self.is_rough or sender == receiver or not is_control:
-            return (0.0,) if dice > LATE or not self.is_rough else (self.random.uniform(0.0, 0.1),)
         if dice < LOST:
             return ()
         if dice < LOST + TWICE:
-            return (0.0, self.random.uniform(0.0, 0.5))
-        return (0.0,) if dice > LATE else (self.random.uniform(0.0, 0.3),)
+            return (extra, extra + self.random.uniform(0.0, 0.5))
+        if dice < LOST + TWICE + VERY_LATE:
+            return (self.random.uniform(1.0, 10.0),)
+        return (extra + 0.001,) if dice > LATE else (extra + self.random.uniform(0.0, 0.3),)
+
+    # Lives
 
     async def start(self) -> None:
-        for name, replica, run in (
-            ("client", self.replica, self.replica.run),
-            *((node.bus.name, node.replica, node.run) for node in self.nodes),
-        ):
-            await replica.start()
-            self._tasks.append(asyncio.create_task(run(), name=name))
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        self.loop = loop
+        for client in self.clients:
+            await client.replica.start()
+            client.task = asyncio.create_task(client.run(self.random), name=client.name)
+        for name in self.clocks:
+            await self.start_node(name)
+        self._watch = asyncio.create_task(self._look(), name="watch")
+
+    async def start_node(self, name: str) -> Life:
+        """Starts a node on what its disk holds."""
+        machine = Machine(self.random.choice((3, 5, 9)) * GIB, self.random)
+        life = self.lives[name] = Life(self.hub, name, name, self.clocks[name], machine, self.disks[name])
+        self._note_apart_from(name)
+        await life.start()
+        return life
+
+    async def kill_node(self, name: str) -> None:
+        """Ends a node as by SIGKILL."""
+        life = self.lives.pop(name)
+        await life.kill()
+
+    async def clone_node(self, name: str) -> Life:
+        """A second process with the same identity and a copy of the disk."""
+        disk = Disk()
+        disk.bodies = list(self.disks[name].bodies)
+        machine = Machine(5 * GIB, self.random)
+        clone = Life(self.hub, f"{name}-clone", name, self.clocks[name], machine, disk)
+        self.clones.append(clone)
+        await clone.start()
+        return clone
 
     async def stop(self) -> None:
-        for task in self._tasks:
+        """Ends everything."""
+        tasks = [client.task for client in self.clients if client.task is not None]
+        if self._watch is not None:
+            tasks.append(self._watch)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for bus in (self.client, *(node.bus for node in self.nodes)):
-            await bus.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for life in (*self.lives.values(), *self.clones):
+            await life.kill()
+        for client in self.clients:
+            await client.bus.close()
+
+    def is_safe_to_lose(self, name: str) -> bool:
+        """Whether what a node knows is known elsewhere too, so that its disk may burn."""
+        others = [life.state for other, life in self.lives.items() if other != name]
+        if not others or name not in self.lives:
+            return False
+        rest = reduce(merge, others)
+        return not lacks(rest, self.lives[name].state, 0.0)
+
+    def age_disk(self, name: str) -> None:
+        """Puts an old state on a dead node's disk, of a term higher than any."""
+        disk = self.disks[name]
+        if len(disk.bodies) < 2:
+            return
+        old = msgspec.json.decode(self.random.choice(disk.bodies), type=ClusterState)
+        term = Term(number=old.position.term.number + 50, node_id=name, incarnation="old")
+        aged = msgspec.structs.replace(
+            old, position=Position(term=term, seq=old.position.seq + self.random.randint(0, 5))
+        )
+        disk.bodies.append(msgspec.json.encode(aged))
+
+    # Looking
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(0.1)
+            now = self.now()
+            self._note_apart()
+            leading = {name for name, life in self.lives.items() if life.is_leading}
+            self._leads_since = {name: self._leads_since.get(name, now) for name in leading}
+            for name in leading:
+                assert self.lives[name].bus.state == "connected", f"{name} leads without a bus"
+            self.meetings.look(leading, {pair for pair, until in self._apart_until.items() if until > now}, now)
+
+    def now(self) -> float:
+        return self.clients[0].bus.clock.now()
+
+    def note_trouble(self, seconds: float) -> None:
+        """Nobody is held to what takes a quiet network for a while."""
+        for one in self.clocks:
+            for other in self.clocks:
+                pair = frozenset((one, other))
+                self._apart_until[pair] = max(self._apart_until.get(pair, 0.0), self.now() + seconds)
+
+    def _note_apart(self) -> None:
+        """Pairs that can't hear each other now, and half a second more: the next beat has to cross first."""
+        if self.is_rough or self.slow or self.clones:
+            self.note_trouble(1.0)
+        apart = {pair for name in self.clocks for pair in self._pairs_apart(name)}
+        for pair in apart:
+            self._apart_until[pair] = max(self._apart_until.get(pair, 0.0), self.now() + 0.6)
+        self._apart_since = {pair: self._apart_since.get(pair, self.now()) for pair in apart}
+
+    def _note_apart_from(self, name: str) -> None:
+        for other in self.clocks:
+            self._apart_until[frozenset((name, other))] = self.now() + 1.0
+
+    def _pairs_apart(self, one: str) -> set[frozenset[str]]:
+        assert self.loop is not None
+        others = [name for name in self.clocks if name != one]
+        life = self.lives.get(one)
+        if life is None or life.bus.state != "connected" or self.loop.is_frozen(one):
+            return {frozenset((one, other)) for other in others}
+        return {
+            frozenset((one, other))
+            for other in others
+            if (one, other) in self.cuts
+            or (other, one) in self.cuts
+            or self.sides.get(one, 0) != self.sides.get(other, 0)
+        }
+
+    def note_pause(self, name: str) -> None:
+        """A node is suspended, or has lost its bus: the term that it leads now, if any, is over."""
+        life = self.lives.get(name)
+        self._paused_at[name] = self.now()
+        if life is not None and life.is_leading:
+            self._paused.setdefault(life.state.position.term, self.now())
+
+    # What the witness asks
+
+    def have_heard(self, one: str, other: str) -> bool:
+        return (
+            one in self.lives
+            and other in self.lives
+            and self.now() > self._apart_until.get(frozenset((one, other)), 0.0) + 2.4
+        )
+
+    def better_than(self, candidate: str) -> str:
+        if candidate in self._leads_since or self.now() - self._paused_at.get(candidate, -1e9) < 5.0:
+            return ""
+        quiet = (name for name in self.lives if name < candidate and self.have_heard(candidate, name))
+        return next((name for name in quiet if not self.lives[name].replica.view.state.partial), "")
+
+    def others_hear(self, candidate: str) -> str:
+        if candidate in self._leads_since or candidate not in self.lives:
+            return ""
+        for master, since in self._leads_since.items():
+            if master not in self.lives or not self.lives[master].is_leading or self.now() - since < 3.0:
+                continue
+            between = (name for name in self.lives if self.have_heard(candidate, name))
+            if any(name == master or self.have_heard(name, master) for name in between):
+                return master
+        return ""
+
+    def is_stale(self, record: EventRecord, writer: str) -> bool:
+        paused_at = self._paused.get(record.position.term)
+        if paused_at is None or writer not in self.clocks:
+            return False
+        written_at = record.at - EPOCH_S - self.clocks[writer].wall_offset_s
+        return paused_at + 0.15 < written_at <= self.now() + 0.01
+
+    def is_minority(self, name: str) -> bool:
+        life = self.lives.get(name)
+        if life is None or self.clones or len(life.replica.view.known) < len(self.clocks):
+            return False
+        far = sum(
+            1
+            for other in self.clocks
+            if self.now() - self._apart_since.get(frozenset((name, other)), self.now()) >= 6.0
+        )
+        return 2 * (len(self.clocks) - far) < len(self.clocks)
 
     def check(self) -> None:
         """Raises what went wrong so far."""
-        if self.failure is not None:
-            raise self.failure
-        for task in self._tasks:
-            assert not task.done(), f"{task.get_name()} ended by itself: {task}"
+        if self.witness.failure is not None:
+            raise self.witness.failure
+        if self._watch is not None and self._watch.done():
+            self._watch.result()
+        for life in (*self.lives.values(), *self.clones):
+            assert not life.machine.beyond, f"{life.name}: {life.machine.beyond}"
+            if life.failure is not None and life.refusal is None:
+                raise AssertionError(f"{life.name} failed") from life.failure
 
-    async def place(self, *, ensure: bool = False) -> tuple[PlaceModel, PlacementReply | SkulkError]:
-        """One command from a client; its answer, or why there is none."""
+    # Commands
+
+    async def place(self, client: Client, *, ensure: bool = False) -> None:
+        """Places a model of a random size."""
         self._asked += 1
-        request = PlacementRequest(card=card(weights_bytes=1_000_000), context_length=256, n_parallel=1)
+        model_id = self.random.choice(MODELS)
+        weights = int(self.random.choice((0.1, 0.5, 1.0, 2.0)) * GIB)
+        request = PlacementRequest(card=card(model_id, weights_bytes=weights), context_length=2048, n_parallel=1)
         command = PlaceModel(command_id=f"c{self._asked}", request=request, ensure=ensure)
-        return command, await self._ask(MASTER_PLACE, command)
+        reply = await self._ask(client, MASTER_PLACE, command)
+        if isinstance(reply, PlacementReply) and reply.decision.outcome == "placed":
+            self.told[reply.instance_id] = command.command_id
+            if self.clones:
+                # a clone that stops takes what only it knew along
+                self.unsure.add(reply.instance_id)
 
-    async def delete(self, instance_id: str) -> tuple[DeleteInstance, DeleteReply | SkulkError]:
-        """One deletion from a client."""
+    async def delete(self, client: Client, instance_id: str) -> None:
+        """Deletes an instance; without an answer nobody knows whether it is deleted."""
         self._asked += 1
-        command = DeleteInstance(command_id=f"c{self._asked}", instance_id=instance_id)
-        return command, await self._ask(MASTER_DELETE, command)
+        self.unsure.add(instance_id)
+        reply = await self._ask(
+            client, MASTER_DELETE, DeleteInstance(command_id=f"c{self._asked}", instance_id=instance_id)
+        )
+        if isinstance(reply, DeleteReply) and not self.clones:
+            self.deleted.add(instance_id)
 
-    async def _ask(
-        self, endpoint: Endpoint[PlaceModel, R] | Endpoint[DeleteInstance, R], command: object
-    ) -> R | SkulkError:
+    async def drain(self, client: Client, name: str, *, undo: bool) -> None:
+        """Drains a node or takes that back."""
+        self._asked += 1
+        await self._ask(client, MASTER_DRAIN, DrainNode(command_id=f"c{self._asked}", node=name, undo=undo))
+
+    async def _ask(self, client: Client, endpoint: Endpoint[Any, R], command: object) -> R | SkulkError:
         try:
-            return await self.masters.ask(endpoint, command)
+            return await client.masters.ask(endpoint, command)
         except SkulkError as error:
             return error
 
-    async def break_one(self) -> None:
-        """One of them loses its server for a while."""
-        bus = self.random.choice([self.client, *(node.bus for node in self.nodes)])
-        if bus.state == "connected":
-            self.hub.disconnect(bus)
-            await asyncio.sleep(self.random.uniform(0.05, 4.0))
-            self.hub.reconnect(bus)
+    # The end
 
-    def agree(self) -> bool:
-        """Whether all have one state, and every node runs what it says."""
-        states = [self.replica.view.state, *(node.replica.view.state for node in self.nodes)]
-        runs = all(
-            set(wanted_of(states[0], node.bus.name))
-            == {status.runner_id for status in node.hosting.statuses() if status.phase == "accepted"}
-            for node in self.nodes
-        )
-        return runs and all(state == states[0] for state in states)
+    def disagreement(self) -> str:
+        """What isn't yet as it must be when all is well again; empty where nothing."""
+        leading = [name for name, life in self.lives.items() if life.is_leading]
+        if len(leading) != 1:
+            return f"{leading} lead"
+        state = self.lives[leading[0]].state
+        digest = state_hash(state)
+        for name, replica in self._replicas():
+            if replica.hash != digest:
+                return f"{name} stands at {replica.view.state.position}, the master at {state.position}"
+            if replica.view.master is None or replica.view.master.node_id != leading[0]:
+                return f"{name} follows {replica.view.master}"
+        for name, life in self.lives.items():
+            wanted, running = set(wanted_of(state, name)), set(life.machine.used)
+            if wanted != running:
+                return f"{name} runs {sorted(running)}, not {sorted(wanted)}"
+        return self._misplaced(self.lives[leading[0]])
+
+    def _misplaced(self, master: Life) -> str:
+        """An instance that lies where it shouldn't, or nowhere though a node fits."""
+        view = with_state(master.replica.view, master.state)
+        for instance in view.state.instances.values():
+            node = None if instance.assignment is None else instance.assignment.node_id
+            if node is not None and node in self.lives and drain_of(view, node) is None:
+                continue
+            if node is not None and node in self.lives:
+                return f"{instance.instance_id} is on {node}, which is drained"
+            is_barred = instance.reason.startswith(("the download", "memory", "backend"))
+            fits = place(view, instance.request, self.now()).outcome == "placed"
+            if fits and not is_barred:
+                where = "is pending" if node is None else f"is on {node}, which is lost,"
+                return f"{instance.instance_id} {where} though a node fits"
+        return ""
+
+    def _replicas(self) -> list[tuple[str, Replica]]:
+        return [
+            *((client.name, client.replica) for client in self.clients),
+            *((name, life.replica) for name, life in self.lives.items()),
+        ]
+
+    def check_kept(self) -> None:
+        """No placement that was told is lost, no deletion undone."""
+        state = next(life.state for life in self.lives.values() if life.is_leading)
+        lost = {name for name in self.told if name not in state.instances} - self.unsure
+        assert not lost, f"placements that were told are lost: {lost}"
+        undone = self.deleted & state.instances.keys() - self._made_again()
+        assert not undone, f"deletions that were told are undone: {undone}"
+        for instance in state.instances.values():
+            assert instance.assignment is not None or instance.reason, (
+                f"{instance.instance_id} is pending without a reason"
+            )
+
+    def _made_again(self) -> set[str]:
+        """Ids that an ``ensure`` may have used again after their deletion."""
+        return {ensured_instance_id(model_id) for model_id in MODELS}

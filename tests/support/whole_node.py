@@ -32,8 +32,8 @@ SMALL_ENGINE = {
 }
 
 
-def environment(home: Path) -> dict[str, str]:
-    """The environment of a user who set nothing but the home, and a small engine."""
+def environment(home: Path, **variables: str) -> dict[str, str]:
+    """The environment of a user who set nothing but the home, and perhaps these variables."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SKULK_")}
     return {
         **kept,
@@ -42,6 +42,7 @@ def environment(home: Path) -> dict[str, str]:
         **SMALL_ENGINE,
         "SKULK_NO_FOREIGN_CACHES": "1",
         "PYTHONUNBUFFERED": "1",
+        **variables,
     }
 
 
@@ -169,8 +170,11 @@ class WholeNode:
 
 
 @contextlib.asynccontextmanager
-async def whole_node(home: Path, *arguments: str) -> AsyncGenerator[WholeNode]:
-    """A node that is up; at the end no process of it is left, or the test fails."""
+async def whole_node(home: Path, *arguments: str, **variables: str) -> AsyncGenerator[WholeNode]:
+    """A node that is up; at the end no process of it is left, or the test fails.
+
+    ``variables``: of its environment.
+    """
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -179,7 +183,7 @@ async def whole_node(home: Path, *arguments: str) -> AsyncGenerator[WholeNode]:
         "--local",
         *FREE_PORTS,
         *arguments,
-        env=environment(home),
+        env=environment(home, **variables),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from skulk.cluster.view import ClusterView, NodeView
+from skulk.cluster.view import ClusterView, NodeView, drain_of
 from skulk.gateway.compat.downloads import download_json, model_shard_json
+from skulk.gateway.compat.health import seen_reasons
 from skulk.gateway.compat.instances import instance_json, runner_json
 from skulk.wire.beats import Accelerator, HealthReason, NodeBeat, RunnerStatus
 from skulk.wire.model import HeldModel, ModelCard
@@ -41,13 +42,13 @@ def state_json(view: ClusterView, cards: Mapping[str, ModelCard], now: float, wa
         "nodeMemory": {name: _memory_json(beat) for name, beat in beats.items()},
         "nodeSystem": {name: _system_json(beat) for name, beat in beats.items()},
         "nodeDisk": {name: _disk_json(beat) for name, beat in beats.items()},
-        "nodeHealth": {name: _health_json(beat) for name, beat in beats.items()},
+        "nodeHealth": {name: _health_json(view, beat) for name, beat in beats.items()},
         "nodeBackends": {name: list(beat.tags) for name, beat in beats.items()},
         "lastSeen": {name: _seen_at(node, now, wall) for name, node in sorted(view.nodes.items())},
         "lastEventAppliedIdx": position.seq,
         "master": None if view.master is None else view.master.node_id,
         "term": position.term.number,
-        "draining": sorted(view.state.drains),
+        "draining": sorted(name for name in view.state.drains if drain_of(view, name) is not None),
     }
 
 
@@ -97,8 +98,12 @@ def _disk_json(beat: NodeBeat) -> dict[str, Any]:
     return {"total": {"inBytes": beat.disk.total_bytes}, "available": {"inBytes": beat.disk.available_bytes}}
 
 
-def _health_json(beat: NodeBeat) -> dict[str, Any]:
-    reasons = (*beat.warnings, *(_failure(runner) for runner in beat.runners if runner.phase == "failed"))
+def _health_json(view: ClusterView, beat: NodeBeat) -> dict[str, Any]:
+    reasons = (
+        *beat.warnings,
+        *seen_reasons(view, beat),
+        *(_failure(runner) for runner in beat.runners if runner.phase == "failed"),
+    )
     levels = {reason.level for reason in reasons}
     return {
         "level": "error" if "error" in levels else "warn" if levels else "ok",

@@ -8,18 +8,17 @@ from pathlib import Path
 import pytest
 
 from skulk.bus.memory_bus import MemoryBus, MemoryHub
-from skulk.bus.subjects import MASTER_BEAT, MASTER_DELETE, MASTER_PLACE, RUNNER_STATUS
+from skulk.bus.subjects import ELECTION_GATHER, MASTER_DELETE, MASTER_PLACE, RUNNER_STATUS
 from skulk.clock import SystemClock
 from skulk.cluster.view import ClusterView, with_node_beat
 from skulk.errors import RequestError, UnavailableError
 from skulk.master.commands import Commands
 from skulk.master.leader import Leader
 from skulk.master.upkeep import Rules, Upkeep, next_event
-from skulk.wire.beats import MasterBeat
-from skulk.wire.commands import DeleteInstance, PlaceModel
+from skulk.wire.commands import DeleteInstance, Gather, PlaceModel
 from skulk.wire.events import InstanceAssigned
 from skulk.wire.placement import PlacementRequest
-from skulk.wire.state import Position, Term
+from skulk.wire.state import Term
 from tests.support.control_plane import FakeMachine, FakeNode, running_node
 from tests.support.states import assignment, beat, card, instance, state_of, status
 
@@ -42,10 +41,11 @@ async def began_again(node: FakeNode, number: int) -> None:
 
 
 async def end_lead(node: FakeNode) -> None:
-    """A master of a higher term is heard: this one steps down, its bus stays up."""
-    position = Position(term=HIGHER, seq=0)
-    beat_of_other = MasterBeat(node_id="bbbb", term=HIGHER, position=position, state_hash="0" * 16, at=0.0)
-    await node.bus.publish(MASTER_BEAT, beat_of_other, node="bbbb")
+    """The round of a higher term is heard: this master steps down before it answers, its bus stays up."""
+    question = Gather(term=HIGHER, state_hash="")
+    answer = await node.bus.request(ELECTION_GATHER, question, timeout_s=2.0, node=node.bus.name)
+    assert answer.state is not None
+    assert node.master.state is None
 
 
 async def test_what_was_written_as_the_bus_went_is_there_in_the_next_term(tmp_path: Path) -> None:
@@ -130,12 +130,12 @@ async def test_dropped_commands_are_forgotten_and_answered() -> None:
 
     waiting = asyncio.create_task(commands.once("c1", work))
     await asyncio.wait_for(begun.wait(), 1.0)
-    await commands.drop_running()
+    commands.drop_running()
     with pytest.raises(UnavailableError, match="not the master"):
         await waiting
     release.set()
     assert await commands.once("c1", work) == "done"
-    await commands.drop_running()
+    commands.drop_running()
     assert await commands.once("c1", work) == "done"
     assert len(runs) == 2
 

@@ -1,0 +1,232 @@
+"""Each rule of the control plane switched off, one at a time: a simulation that doesn't notice proves nothing.
+
+A mutant replaces functions of the real modules while it runs; nothing in the product knows of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Generator
+from typing import Any
+from unittest import mock
+
+import msgspec
+
+from skulk.cluster import election, fold, follow, merge, reconcile
+from skulk.cluster.election import Election
+from skulk.cluster.follow import Followed
+from skulk.cluster.reconcile import Difference
+from skulk.master import commands, leader, rounds, upkeep
+from skulk.master.rounds import Told
+from skulk.node import hosting, twins
+from skulk.wire.state import ClusterState, Position
+
+Patches = tuple[tuple[object, str, Any], ...]
+replace = msgspec.structs.replace
+
+
+class Mutant(msgspec.Struct, frozen=True, kw_only=True):
+    """A rule, in one sentence of the design, and what switches it off."""
+
+    name: str
+    rule: str
+    patches: Callable[[], Patches]
+
+    @contextlib.contextmanager
+    def applied(self) -> Generator[None]:
+        with contextlib.ExitStack() as stack:
+            for owner, name, value in self.patches():
+                stack.enter_context(mock.patch.object(owner, name, value))
+            yield
+
+
+def _no_pre_vote() -> Patches:
+    async def nobody(*_: object) -> tuple[()]:
+        return ()
+
+    return ((_module("skulk.master.master"), "pre_vote", nobody),)
+
+
+def _no_order() -> Patches:
+    real = election.answer
+
+    def answer(state: Election, now: float) -> Any:
+        return replace(real(state, now), is_ready=False)
+
+    return ((_module("skulk.master.master"), "answer", answer),)
+
+
+def _no_round() -> Patches:
+    async def nothing(*_: object) -> Told:
+        return Told(answers=())
+
+    return ((_module("skulk.master.master"), "gather", nothing),)
+
+
+def _no_promise() -> Patches:
+    return ((election, "_gather_heard", lambda state, term, now: (state, ())),)
+
+
+def _no_meeting() -> Patches:
+    return ((election, "_met", lambda state, beat, now: (state, ())),)
+
+
+def _no_late_tick() -> Patches:
+    return ((election, "LATE_TICK_S", 1e9),)
+
+
+def _leads_without_bus() -> Patches:
+    real = election._bus_changed
+
+    def changed(state: Election, heard: election.BusChanged, now: float) -> Any:
+        return real(state, heard, now) if heard.is_connected else (state, ())
+
+    return ((election, "_bus_changed", changed),)
+
+
+def _no_unmerged() -> Patches:
+    def follow_snapshot(state: ClusterState, own_hash: str, snapshot: ClusterState, wall: float) -> Followed:
+        del own_hash, wall
+        return Followed(state=snapshot if snapshot.cluster == state.cluster else state)
+
+    return ((_module("skulk.bus.replica"), "follow_snapshot", follow_snapshot),)
+
+
+def _one_lineage() -> Patches:
+    def newer(a: ClusterState, b: ClusterState) -> ClusterState:
+        return max(a, b, key=lambda state: state.position)
+
+    return ((rounds, "merge", newer),)
+
+
+def _no_tombstones() -> Patches:
+    return ((merge, "_is_covered", lambda instance, tombstones: False),)
+
+
+def _no_hash() -> Patches:
+    return ((follow, "state_hash", lambda state: ""), (fold.StateHash, "of", lambda self, state: ""))
+
+
+def _any_term() -> Patches:
+    def follow_event(state: ClusterState, record: Any) -> Followed:
+        if record.position.seq != state.position.seq + 1:
+            return Followed(state=state, wants_snapshot=record.position > state.position)
+        return Followed(state=fold.fold(state, record))
+
+    return ((_module("skulk.bus.replica"), "follow_event", follow_event),)
+
+
+def _no_snapshots() -> Patches:
+    async def nothing(_: object) -> None:
+        return None
+
+    return ((_module("skulk.bus.replica").Replica, "_fetch_snapshot", nothing),)
+
+
+def _seq_restarts() -> Patches:
+    def merged(real: Any) -> Any:
+        def merge_states(a: ClusterState, b: ClusterState) -> ClusterState:
+            found = real(a, b)
+            return replace(found, position=Position(term=found.position.term, seq=min(a.position.seq, b.position.seq)))
+
+        return merge_states
+
+    return ((rounds, "merge", merged(merge.merge)),)
+
+
+def _no_grace() -> Patches:
+    return ((leader, "SETTLE_S", 0.0),)
+
+
+def _hasty_minority() -> Patches:
+    return ((upkeep, "is_minority", lambda view: False),)
+
+
+def _no_replacement() -> Patches:
+    return ((upkeep, "_moved", lambda *_: iter(())),)
+
+
+def _no_pending() -> Patches:
+    return ((upkeep, "_placed", lambda *_: iter(())),)
+
+
+def _no_drain() -> Patches:
+    return ((upkeep, "_drained", lambda *_: iter(())),)
+
+
+def _no_refusal() -> Patches:
+    return ((upkeep, "_refused", lambda *_: iter(())), (leader, "refused_by", lambda view: ()))
+
+
+def _no_reservation() -> Patches:
+    admission = _module("skulk.node.hosting")
+    rooms = _module("skulk.placement.rooms")
+    return ((admission, "reserved_bytes", lambda *_: 0), (rooms, "reserved_bytes", lambda *_: 0))
+
+
+def _no_admission() -> Patches:
+    return ((hosting, "admit", lambda *_: None),)
+
+
+def _no_stop() -> Patches:
+    def difference(wanted: Any, running: Any) -> Difference:
+        return replace(reconcile.difference(wanted, running), stop=())
+
+    return ((hosting, "difference", difference),)
+
+
+def _commands_again() -> Patches:
+    numbers = itertools.count()
+    return (
+        (leader, "commanded_instance_id", lambda command_id: f"i{next(numbers)}"),
+        (leader.Leader, "_begun", lambda self, command: None),
+        (commands, "KEPT_S", -1.0),
+    )
+
+
+def _forgets_disk() -> Patches:
+    return ((_module("tests.support.simulated_node").Disk, "load", lambda self: None),)
+
+
+def _clones_live() -> Patches:
+    return ((twins, "BEATS", 1_000_000),)
+
+
+def _module(name: str) -> Any:
+    import importlib
+
+    return importlib.import_module(name)
+
+
+MUTANTS: tuple[Mutant, ...] = tuple(
+    Mutant(name=name, rule=rule, patches=patches)
+    for name, rule, patches in (
+        ("no-pre-vote", "a node asks whether the master lives before it campaigns", _no_pre_vote),
+        ("no-order", "of several candidates the first in order campaigns", _no_order),
+        ("no-round", "a new master asks all reachable nodes before it writes", _no_round),
+        ("no-promise", "a master of a lower term stops before it answers a round", _no_promise),
+        ("no-meeting", "of two masters that meet one leads", _no_meeting),
+        ("no-late-tick", "a tick more than 1 s late makes a master repeat the round before it writes", _no_late_tick),
+        ("leads-without-bus", "without a bus connection a node neither campaigns nor places", _leads_without_bus),
+        ("no-unmerged", "what the master lacks is merged, not overwritten by its snapshot", _no_unmerged),
+        ("one-lineage", "lineages are merged, not chosen", _one_lineage),
+        ("no-tombstones", "a tombstone beats every version it covers", _no_tombstones),
+        ("no-hash", "every beat carries a hash of the state", _no_hash),
+        ("any-term", "a follower folds only events of the term that it follows", _any_term),
+        ("no-snapshots", "a follower that sees a gap asks for a snapshot", _no_snapshots),
+        ("seq-falls", "seq goes on across terms", _seq_restarts),
+        ("no-grace", "for 5 s after its election a master doesn't place anything of lost nodes again", _no_grace),
+        ("hasty-minority", "a side with fewer than half of the nodes waits 120 s", _hasty_minority),
+        ("no-replacement", "the instances of a lost node are placed again", _no_replacement),
+        ("no-pending", "a pending instance is placed when a node fits", _no_pending),
+        ("no-drain", "the instances of a drained node move", _no_drain),
+        ("no-refusal", "a refused instance goes elsewhere", _no_refusal),
+        ("no-reservation", "two placements are never admitted on the same memory", _no_reservation),
+        ("no-admission", "a node admits each assignment against its own memory once more", _no_admission),
+        ("no-stop", "a node stops a runner when it learns a higher epoch or a tombstone", _no_stop),
+        ("commands-again", "a command is carried out once, whoever is the master", _commands_again),
+        ("forgets-disk", "each node keeps the last state on disk", _forgets_disk),
+        ("clones-live", "a node that hears its own id from another live incarnation stops", _clones_live),
+    )
+)

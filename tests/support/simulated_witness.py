@@ -1,0 +1,129 @@
+"""What must hold at every moment of a simulated cluster, whatever is done to it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from skulk.bus.subjects import EVENT, MASTER_BEAT, NODE_BEAT
+from skulk.bus.transport import Raw
+from skulk.master.upkeep import MINORITY_WAIT_S
+from skulk.wire.base import decode
+from skulk.wire.events import EventRecord, InstanceAssigned, InstanceCreated, TermBegan
+from skulk.wire.state import Position, Term
+
+GRACE_S = 5.0
+
+
+class Scene(Protocol):
+    """What the witness may ask about the cluster."""
+
+    def now(self) -> float: ...
+
+    def others_hear(self, candidate: str) -> str:
+        """A living master that somebody hears whom this node hears, all of it for 3 s; empty where there is none."""
+        ...
+
+    def better_than(self, candidate: str) -> str:
+        """A node that comes before one that has just campaigned, and that all of it could be heard by for 3 s."""
+        ...
+
+    def have_heard(self, one: str, other: str) -> bool:
+        """Whether two nodes have heard each other without a break for 3 s."""
+        ...
+
+    def is_stale(self, record: EventRecord, writer: str) -> bool:
+        """Whether an event was written after its writer had been suspended, or without a bus, during the term."""
+        ...
+
+    def is_minority(self, name: str) -> bool:
+        """Whether a node has been on a side with fewer than half of all nodes for 6 s."""
+        ...
+
+
+class Witness:
+    """Hears everything as it is sent, and checks what must hold of it.
+
+    One writer a term, one state a position, one instance a command. Two nodes that hear each other don't begin two
+    terms of one number; the first in order begins it; nobody begins one against a master that others hear. A master
+    that slept doesn't go on with its term. Nothing of a lost node is placed again within 5 s of an election, nor by a
+    minority within two minutes.
+    """
+
+    def __init__(self, scene: Scene) -> None:
+        self._scene = scene
+        self._began: dict[Term, float] = {}
+        self.writers: dict[Term, str] = {}
+        self.hashes: dict[Position, str] = {}
+        self.created: dict[str, set[str]] = {}
+        self.failure: AssertionError | None = None
+        self._last: Raw | None = None
+
+    def hear(self, sender: str, message: Raw) -> None:
+        """Takes in a message of the control plane once, however many listen."""
+        if message is self._last:
+            return
+        self._last = message
+        try:
+            self._check(sender, message)
+        except AssertionError as error:
+            self.failure = self.failure or error
+
+    def _check(self, sender: str, message: Raw) -> None:
+        plane, noun = message.subject.split(".")[3:5]
+        if plane == "event" and not message.reply:
+            record = decode(message.body, EVENT.payload)
+            self._writes(record.position.term, sender)
+            self._event(sender, record)
+            if isinstance(record.event, InstanceCreated):
+                made = self.created.setdefault(record.event.command_id, set())
+                made.add(record.event.instance.instance_id)
+                assert len(made) == 1, f"the command {record.event.command_id} was carried out twice: {made}"
+        elif (plane, noun) == ("beat", "master"):
+            beat = decode(message.body, MASTER_BEAT.payload)
+            self._writes(beat.term, sender)
+            self._stands(beat.position, beat.state_hash)
+        elif (plane, noun) == ("beat", "node"):
+            told = decode(message.body, NODE_BEAT.payload)
+            self._stands(told.position, told.state_hash)
+
+    def _event(self, sender: str, record: EventRecord) -> None:
+        term, event, now = record.position.term, record.event, self._scene.now()
+        if isinstance(event, TermBegan):
+            self._began[term] = now
+            others = (known for known in self._began if known.number == term.number and known.node_id != term.node_id)
+            for other in others:
+                both = now - self._began[other] < 3.0 and self._scene.have_heard(other.node_id, term.node_id)
+                assert not both, f"{other} and {term} began side by side"
+            better = self._scene.better_than(sender)
+            assert not better, f"{sender} began {term} though {better} comes before it"
+            heard = self._scene.others_hear(sender)
+            assert not heard, f"{sender} began {term} though others hear the master {heard}"
+        elif isinstance(event, InstanceAssigned) and "silent" in event.reason:
+            age_s = now - self._began.get(term, -1e9)
+            assert age_s >= GRACE_S, f"{term} places {event.instance_id} again {age_s:.1f} s after its election"
+            silent_s = float(event.reason.split()[-2])
+            is_hasty = silent_s < MINORITY_WAIT_S and self._scene.is_minority(sender)
+            assert not is_hasty, f"{sender} places {event.instance_id} again, with a minority"
+        assert not self._scene.is_stale(record, sender), f"{sender} goes on with {term} after a pause"
+
+    def _writes(self, term: Term, sender: str) -> None:
+        assert self.writers.setdefault(term, sender) == sender, f"two writers of {term}: {self.writers[term]}, {sender}"
+
+    def _stands(self, position: Position, digest: str) -> None:
+        if position.seq:
+            assert self.hashes.setdefault(position, digest) == digest, f"two states at {position}"
+
+
+class Meetings:
+    """How long two masters may go on once they hear each other: 2.5 s from the first beat that crosses."""
+
+    def __init__(self, bound_s: float) -> None:
+        self._bound_s = bound_s
+        self._since: dict[frozenset[str], float] = {}
+
+    def look(self, leading: set[str], apart: set[frozenset[str]], now: float) -> None:
+        """``leading``: who leads now; ``apart``: pairs that couldn't hear each other at some time of late."""
+        pairs = {frozenset((one, other)) for one in leading for other in leading if one < other} - apart
+        self._since = {pair: self._since.get(pair, now) for pair in pairs}
+        for pair, since in self._since.items():
+            assert now - since <= self._bound_s, f"{sorted(pair)} both lead for {now - since:.2f} s and hear each other"
