@@ -18,8 +18,8 @@ from skulk.bus.permissions import check_permissions, probe_permissions
 from skulk.cli.check import Check
 from skulk.cli.context import Column, Context, note, print_rows
 from skulk.cli.doctor_peers import check_peers
-from skulk.cli.launcher import CARDS_FOLDER, VERIFIED_FILE
 from skulk.cli.node_file import NodeFile, read_node_file
+from skulk.cli.weights import CARDS_FOLDER, VERIFIED_FILE
 from skulk.engines.llama_cpp.probe import Probe
 from skulk.errors import StartError
 from skulk.logs import configure_logging

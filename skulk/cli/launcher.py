@@ -27,7 +27,7 @@ from skulk.cli.leaving import leave
 from skulk.cli.mesh import Mesh, known_at_start, routes_of
 from skulk.cli.nats_settings import server_config
 from skulk.cli.node_file import NodeFile, remove_node_file, write_node_file
-from skulk.cli.weights import card_of, catalogue_of, folders_of, reachable_host
+from skulk.cli.weights import CARDS_FOLDER, VERIFIED_FILE, card_of, catalogue_of, folders_of, reachable_host
 from skulk.clock import Clock, SystemClock
 from skulk.errors import SkulkError, StartError, error_of, first_of
 from skulk.gateway.masters import Masters
