@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from skulk.batching.operations import Park, Share
+from skulk.batching.operations import Share
 from skulk.batching.step import StepPlan, StepRow
 from skulk.engines.llama_cpp.engine import LlamaCppEngine
 from skulk.engines.llama_cpp.memory import Span
@@ -27,6 +27,7 @@ FAR = 0.5
 WORDS = story_of_numbers()
 ENGINES = tuple((name, layout) for name in ARCHITECTURES for layout in LAYOUTS)
 LONG = ("preempted", "recomputed", "cancelled_aside")
+SEVERAL = (("gemma3", "unified"), ("jamba", "unified"), ("mamba", "streams"))
 SHARED = tuple((name, "unified") for name in ARCHITECTURES)
 
 
@@ -74,7 +75,7 @@ def test_what_is_reused_is_right(engine: LlamaCppEngine, case: str) -> None:
     run_case(Cases(engine, WORDS, close=CLOSE, gap=CLOSE), case)
 
 
-@pytest.mark.parametrize("engine", ENGINES, indirect=True, ids=name_of)
+@pytest.mark.parametrize("engine", SEVERAL, indirect=True, ids=name_of)
 def test_whoever_comes_and_goes_says_what_it_says_alone(engine: LlamaCppEngine) -> None:
     """Seed 2 once found a chunk of gemma3's beside a decode row wrong; `tests/exhaustive` takes many seeds."""
     Cases(engine, WORDS, close=CLOSE, gap=CLOSE).at_random(2)
@@ -143,14 +144,13 @@ def _logits_after(engine: LlamaCppEngine, slot: int, tokens: tuple[int, ...], st
 
 def test_a_window_s_cache_does_not_fill_up(tmp_path: Path) -> None:
     """Two that go on from one beginning, each beyond its window, in a cache for two windows and a chunk."""
-    path = write_tiny(tmp_path / "gemma3.gguf", "gemma3", attention__sliding_window=224)
+    path = write_tiny(tmp_path / "gemma3.gguf", "gemma3", attention__sliding_window=96)
     engine = load_small(path, n_parallel=2, context_length=512, kv_cells=768)
     try:
-        requests = [asked(name, (*WORDS[:230], *WORDS[at : at + 3]), 260) for at, name in enumerate("ab")]
+        requests = [asked(name, (*WORDS[:100], *WORDS[at : at + 3]), 120) for at, name in enumerate("ab")]
         played = EnginePlay(engine).add(*requests).play()
-        assert (played.cached("b"), played.count(Share)) == (230, 1)
-        assert played.most_cells >= 767
-        assert played.count(Park) >= 1, "cells that aren't shared run out"
+        assert (played.cached("b"), played.count(Share)) == (100, 1)
+        assert played.most_cells >= 2 * (103 + 118), "each has cells of its own"
         assert_alike(played, play_alone(engine, *requests), close=CLOSE, gap=CLOSE)
     finally:
         engine.close()
