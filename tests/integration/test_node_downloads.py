@@ -48,7 +48,7 @@ async def resolved(small_hub: SmallHub, name: str) -> ModelCard:
 
 
 async def test_a_model_comes_and_is_known_and_verified(small_hub: SmallHub, tmp_path: Path) -> None:
-    async with downloading_node(tmp_path, small_hub.url) as node:
+    async with downloading_node(tmp_path, small_hub.url, in_threads=True) as node:
         card = await resolved(small_hub, REPO)
         assert not node.downloads.has(card)
         await node.downloads.fetch(card)
@@ -65,7 +65,7 @@ async def test_a_model_comes_and_is_known_and_verified(small_hub: SmallHub, tmp_
 
 
 async def test_two_who_want_a_model_share_one_download(small_hub: SmallHub, tmp_path: Path) -> None:
-    async with downloading_node(tmp_path, small_hub.url) as node:
+    async with downloading_node(tmp_path, small_hub.url, in_threads=True) as node:
         card = await resolved(small_hub, REPO)
         before = small_hub.sent["tiny-Q4_0.gguf"]
         await asyncio.gather(node.downloads.fetch(card), node.downloads.fetch(card))
@@ -87,7 +87,7 @@ async def test_a_runner_that_asks_before_everything_runs_waits(small_hub: SmallH
 
 async def test_progress_is_told_while_it_comes(small_hub: SmallHub, tmp_path: Path) -> None:
     small_hub.block_bytes, small_hub.pace_s = 16_384, 0.05
-    async with downloading_node(tmp_path, small_hub.url) as node:
+    async with downloading_node(tmp_path, small_hub.url, in_threads=True) as node:
         card = await resolved(small_hub, REPO)
         assert node.downloads.begin(card).phase == "waiting"
         told = await node.wait_status(REPO, lambda status: status is not None and status.phase == "fetching")
@@ -133,7 +133,7 @@ async def test_when_nobody_waits_any_more_the_download_ends_unless_a_person_aske
 
 
 async def test_a_failure_is_told_and_the_next_attempt_needs_no_restart(small_hub: SmallHub, tmp_path: Path) -> None:
-    async with downloading_node(tmp_path, small_hub.url) as node:
+    async with downloading_node(tmp_path, small_hub.url, in_threads=True) as node:
         card = await resolved(small_hub, REPO)
         small_hub.repositories[REPO].gated = True
         with pytest.raises(SkulkError) as caught:
@@ -147,11 +147,11 @@ async def test_a_failure_is_told_and_the_next_attempt_needs_no_restart(small_hub
 
 
 async def test_offline_nothing_is_asked_and_the_reason_is_said(small_hub: SmallHub, tmp_path: Path) -> None:
-    async with downloading_node(tmp_path, small_hub.url) as node:
+    async with downloading_node(tmp_path, small_hub.url, in_threads=True) as node:
         card = await resolved(small_hub, REPO)
     calls = len(small_hub.seen)
     rules = Rules(no_hub="this node is offline (SKULK_OFFLINE)")
-    async with downloading_node(tmp_path, small_hub.url, rules=rules) as node:
+    async with downloading_node(tmp_path, small_hub.url, rules=rules, in_threads=True) as node:
         assert not node.downloads.can_fetch(card)
         with pytest.raises(UnavailableError, match="this node is offline"):
             await node.downloads.fetch(card)
@@ -178,7 +178,7 @@ async def test_a_node_that_never_saw_the_internet_gets_the_model_from_one_that_d
 async def test_the_least_recently_used_model_goes_when_the_budget_asks_for_it(
     small_hub: SmallHub, tmp_path: Path
 ) -> None:
-    async with downloading_node(tmp_path, small_hub.url, rules=Rules(budget_bytes=400_000)) as node:
+    async with downloading_node(tmp_path, small_hub.url, rules=Rules(budget_bytes=400_000), in_threads=True) as node:
         first, second = await resolved(small_hub, REPO), await resolved(small_hub, "org/two")
         await node.downloads.fetch(first)
         node.in_use = frozenset({REPO})

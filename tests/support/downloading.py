@@ -7,27 +7,79 @@ import sys
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
 from skulk.clock import SystemClock
 from skulk.models.catalogue import Catalogue
+from skulk.models.fetching import Progress
 from skulk.models.file_server import files_credential
 from skulk.models.shelf import Shelf
 from skulk.models.sources import Neighbour
+from skulk.models.tasks import (
+    FailedLine,
+    FetchTask,
+    HubTask,
+    Line,
+    PieceLine,
+    ProgressLine,
+    Task,
+    read_result,
+    run_task,
+)
 from skulk.node.children import HubChildren
 from skulk.node.downloads import Downloads, Rules
 from skulk.node.files_process import FilesSpec
 from skulk.settings import Settings
 from skulk.supervision.child import Child, ChildSpec
 from skulk.wire.base import encode
+from skulk.wire.model import ModelCard
 from skulk.wire.store import DownloadStatus
+
+T = TypeVar("T")
+
+
+class ThreadTasks:
+    """The same tasks in threads of this process, which start at once. They can't be ended: for tests that end none."""
+
+    def __init__(self, hub_url: str) -> None:
+        self._hub_url = hub_url
+
+    async def ask(self, task: Task, kind: type[T]) -> T:
+        return await self._run(task, kind, lambda _: None)
+
+    async def fetch(self, task: FetchTask, on_progress: Callable[[Progress], None]) -> ModelCard:
+        return await self._run(task, ModelCard, on_progress)
+
+    async def _run(self, task: Task, kind: type[T], on_progress: Callable[[Progress], None]) -> T:
+        lines: list[Line] = []
+        loop = asyncio.get_running_loop()
+
+        def say(line: Line) -> None:
+            if isinstance(line, ProgressLine):
+                loop.call_soon_threadsafe(on_progress, line.progress)
+            else:
+                lines.append(line)
+
+        await asyncio.to_thread(run_task, HubTask(task=task, endpoint=self._hub_url), say)
+        if isinstance(lines[-1], FailedLine):
+            raise lines[-1].error.to_error()
+        return read_result([line.piece for line in lines if isinstance(line, PieceLine)], kind)
 
 
 class DownloadingNode:
-    """Downloads that run, and what is around them."""
+    """Downloads that run, and what is around them. ``in_threads``: without child processes."""
 
-    def __init__(self, home: Path, hub_url: str, rules: Rules, neighbours: tuple[Neighbour, ...]) -> None:
+    def __init__(
+        self,
+        home: Path,
+        hub_url: str,
+        rules: Rules,
+        neighbours: tuple[Neighbour, ...],
+        *,
+        in_threads: bool = False,
+    ) -> None:
         settings = Settings(
             home=str(home), models_dir=str(home / "models"), hf_endpoint=hub_url, hf_home=str(home / "hf")
         )
@@ -41,7 +93,7 @@ class DownloadingNode:
         self.downloads = Downloads(
             self.shelf,
             self.catalogue,
-            self.children,
+            ThreadTasks(hub_url) if in_threads else self.children,
             SystemClock(),
             rules=rules,
             neighbours=lambda _: neighbours,
@@ -105,10 +157,15 @@ async def serving_files(models_dir: Path, *, token: str = "") -> AsyncGenerator[
 
 @asynccontextmanager
 async def downloading_node(
-    home: Path, hub_url: str, *, rules: Rules | None = None, neighbours: tuple[Neighbour, ...] = ()
+    home: Path,
+    hub_url: str,
+    *,
+    rules: Rules | None = None,
+    neighbours: tuple[Neighbour, ...] = (),
+    in_threads: bool = False,
 ) -> AsyncGenerator[DownloadingNode]:
     """Running downloads; at the end no child is left."""
-    node = DownloadingNode(home, hub_url, rules or Rules(), neighbours)
+    node = DownloadingNode(home, hub_url, rules or Rules(), neighbours, in_threads=in_threads)
     task = asyncio.create_task(node.downloads.run(), name="downloads")
     await asyncio.sleep(0)
     try:

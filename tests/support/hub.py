@@ -244,13 +244,14 @@ class SmallHub:
             block = body[position : position + self.block_bytes]
             if self.cuts_after is not None and position + len(block) > self.cuts_after and self.cuts > 0:
                 self.cuts -= 1
-                await response.write(block[: max(0, self.cuts_after - position)])
                 self._count(name, max(0, self.cuts_after - position))
+                await response.write(block[: max(0, self.cuts_after - position)])
                 assert request.transport is not None
                 request.transport.abort()
                 return
-            await response.write(block)
+            # before it is sent: whoever has all of it finds all of it counted
             self._count(name, len(block))
+            await response.write(block)
             self.on_block(self._total)
             while True:
                 if not self.stalls:
