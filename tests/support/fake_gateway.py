@@ -210,6 +210,8 @@ class FakeGateway:
         app.router.add_get("/instance/previews", self._previews)
         app.router.add_post("/place_instance", self._place)
         app.router.add_delete("/instance/{id}", self._delete)
+        app.router.add_post("/nodes/{node}/drain", self._drain)
+        app.router.add_delete("/nodes/{node}/drain", self._drain)
         app.router.add_post("/v1/chat/completions", self._chat)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
@@ -255,6 +257,11 @@ class FakeGateway:
     async def _delete(self, request: web.Request) -> web.Response:
         told = {"message": "Command received.", "command_id": "c1", "instance_id": request.match_info["id"]}
         return web.json_response(told)
+
+    async def _drain(self, request: web.Request) -> web.Response:
+        is_draining = request.method == "POST"
+        told = {"message": "Command received.", "command_id": "c1", "node_id": NODE, "draining": is_draining}
+        return web.json_response({**told, "instance_ids": [INSTANCE] if is_draining else []})
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})

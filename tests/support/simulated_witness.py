@@ -86,7 +86,9 @@ class Witness:
             self._stands(beat.position, beat.state_hash)
         elif (plane, noun) == ("beat", "node"):
             told = decode(message.body, NODE_BEAT.payload)
-            self._seqs[told.incarnation] = max(self._seqs.get(told.incarnation, 0), told.position.seq)
+            is_ahead = told.position.term.incarnation == told.incarnation and told.position.term not in self._began
+            if not is_ahead:  # its own beat may overtake the first word of its own term
+                self._seqs[told.incarnation] = max(self._seqs.get(told.incarnation, 0), told.position.seq)
             self._stands(told.position, told.state_hash)
 
     def _event(self, sender: str, record: EventRecord) -> None:
