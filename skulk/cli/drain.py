@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from urllib.parse import quote
 
 import msgspec
 
@@ -23,7 +22,7 @@ def run(context: Context) -> int:
 
 
 async def _drain(context: Context) -> int:
-    path = f"/nodes/{quote(context.arguments.node, safe='')}/drain"
+    path = f"/nodes/{context.arguments.node}/drain"
     async with connect(context.settings) as client:
         if context.arguments.undo:
             reply = await client.delete(path, _Reply)

@@ -12,7 +12,7 @@ import msgspec
 from skulk.bus.port import Bus
 from skulk.bus.replica import Replica
 from skulk.clock import Clock
-from skulk.cluster.view import ClusterView, followers_of, with_state
+from skulk.cluster.view import ClusterView, followers_of, liveness_of, with_state
 from skulk.errors import RequestError, ServiceError, UnavailableError
 from skulk.ids import commanded_instance_id, ensured_instance_id, is_token
 from skulk.master.drains import drained_node
@@ -241,9 +241,10 @@ class Leader:
         try:
             while (assignment := self._assign(instance_id)) is not None:
                 answer = await self._answer_of(assignment)
-                if answer is None or answer.phase != "refused":
+                refused = self._refusal_in(assignment, answer)
+                if refused is None:
                     break
-                refusal = self._refused(instance_id, assignment, answer)
+                refusal = self._refused(instance_id, assignment, refused)
         finally:
             self._placing.discard(instance_id)
         placed = self.state.instances.get(instance_id)
@@ -281,14 +282,24 @@ class Leader:
 
         def has_decided(view: ClusterView) -> bool:
             status = view.runners.get(runner)
-            return status is not None and status.phase != "starting"
+            return (status is not None and status.phase != "starting") or not self._is_live(assignment.node_id)
 
         await self._replica.wait_until(has_decided, ACCEPT_WAIT_S)
         return self._replica.view.runners.get(runner)
 
-    def _refused(self, instance_id: str, assignment: Assignment, answer: RunnerStatus) -> str:
+    def _is_live(self, node_id: str) -> bool:
+        return liveness_of(self._replica.view, node_id, self._clock.now()) == "live"
+
+    def _refusal_in(self, assignment: Assignment, answer: RunnerStatus | None) -> str | None:
+        """Why the node won't run it: by its own word, or because it fell silent before it said anything."""
+        if answer is not None and answer.phase == "refused":
+            return "refused without a reason" if answer.error is None else answer.error.detail
+        if answer is None and not self._is_live(assignment.node_id):
+            return f"node {assignment.node_id} fell silent before it took the instance"
+        return None
+
+    def _refused(self, instance_id: str, assignment: Assignment, reason: str) -> str:
         """Notes a refusal; returns its reason."""
-        reason = "refused without a reason" if answer.error is None else answer.error.detail
         log.info("node %s refused %s: %s", assignment.node_id, instance_id, reason)
         self._upkeep = with_barred(self._upkeep, instance_id, assignment.node_id, self._clock.now())
         self._ledger.append(InstanceUnassigned(instance_id=instance_id, reason=reason))

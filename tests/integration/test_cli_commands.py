@@ -183,6 +183,14 @@ def test_rm_takes_the_beginning_of_an_id(call: Call, gateway: fake.FakeGateway):
     assert json.loads(call("rm", fake.INSTANCE, "--json").out)["instance_id"] == fake.INSTANCE
 
 
+def test_drain_begins_and_ends(call: Call, gateway: fake.FakeGateway):
+    assert call("drain", "my host") == (0, f"{fake.NODE} takes no new work; 1 instances leave it\n", "")
+    assert call("drain", fake.NODE, "--undo") == (0, f"{fake.NODE} takes work again\n", "")
+    assert gateway.lines == ["POST /nodes/my host/drain", f"DELETE /nodes/{fake.NODE}/drain"]
+    told = json.loads(call("drain", fake.NODE, "--json").out)
+    assert told == {"node_id": fake.NODE, "draining": True, "leaving": [fake.INSTANCE]}
+
+
 def test_rm_refuses_what_names_none_or_several(call: Call, gateway: fake.FakeGateway):
     other = fake.INSTANCE[:4] + "ffff"
     gateway.states = [fake.state(instances={fake.INSTANCE: fake.instance(), other: fake.instance(other)})]

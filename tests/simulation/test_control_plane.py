@@ -9,8 +9,8 @@ import pytest
 
 from tests.support.simulated_faults import run
 
-SEEDS = 240
-TOGETHER = 12
+SEEDS = 200
+TOGETHER = 10
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, TOGETHER))

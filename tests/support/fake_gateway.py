@@ -212,6 +212,8 @@ class FakeGateway:
         app.router.add_get("/instance/previews", self._previews)
         app.router.add_post("/place_instance", self._place)
         app.router.add_delete("/instance/{id}", self._delete)
+        app.router.add_post("/nodes/{node}/drain", self._drain)
+        app.router.add_delete("/nodes/{node}/drain", self._drain)
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/store/models/{id:.+}/download", self._pull)
         app.router.add_get("/store/models/{id:.+}/download/status", self._pull)
@@ -272,6 +274,11 @@ class FakeGateway:
     async def _remove(self, request: web.Request) -> web.Response:
         told = {"model_id": request.match_info["id"], "removed": [{"node_id": NODE, "freed_bytes": 2 * 2**20}]}
         return web.json_response(told)
+
+    async def _drain(self, request: web.Request) -> web.Response:
+        is_draining = request.method == "POST"
+        told = {"message": "Command received.", "command_id": "c1", "node_id": NODE, "draining": is_draining}
+        return web.json_response({**told, "instance_ids": [INSTANCE] if is_draining else []})
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})

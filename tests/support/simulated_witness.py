@@ -12,6 +12,7 @@ from skulk.wire.events import EventRecord, InstanceAssigned, InstanceCreated, Te
 from skulk.wire.state import Position, Term
 
 GRACE_S = 5.0
+ROUNDING_S = 1e-6
 
 
 class Scene(Protocol):
@@ -52,6 +53,7 @@ class Witness:
     def __init__(self, scene: Scene) -> None:
         self._scene = scene
         self._began: dict[Term, float] = {}
+        self._seqs: dict[str, int] = {}
         self.writers: dict[Term, str] = {}
         self.hashes: dict[Position, str] = {}
         self.created: dict[str, set[str]] = {}
@@ -84,12 +86,17 @@ class Witness:
             self._stands(beat.position, beat.state_hash)
         elif (plane, noun) == ("beat", "node"):
             told = decode(message.body, NODE_BEAT.payload)
+            is_ahead = told.position.term.incarnation == told.incarnation and told.position.term not in self._began
+            if not is_ahead:  # its own beat may overtake the first word of its own term
+                self._seqs[told.incarnation] = max(self._seqs.get(told.incarnation, 0), told.position.seq)
             self._stands(told.position, told.state_hash)
 
     def _event(self, sender: str, record: EventRecord) -> None:
         term, event, now = record.position.term, record.event, self._scene.now()
         if isinstance(event, TermBegan):
             self._began[term] = now
+            before = self._seqs.get(term.incarnation, 0)
+            assert record.position.seq > before, f"{term} begins at {record.position.seq}, its node stood at {before}"
             others = (known for known in self._began if known.number == term.number and known.node_id != term.node_id)
             for other in others:
                 both = now - self._began[other] < 3.0 and self._scene.have_heard(other.node_id, term.node_id)
@@ -100,7 +107,9 @@ class Witness:
             assert not heard, f"{sender} began {term} though others hear the master {heard}"
         elif isinstance(event, InstanceAssigned) and "silent" in event.reason:
             age_s = now - self._began.get(term, -1e9)
-            assert age_s >= GRACE_S, f"{term} places {event.instance_id} again {age_s:.1f} s after its election"
+            assert age_s >= GRACE_S - ROUNDING_S, (
+                f"{term} places {event.instance_id} again {age_s:.1f} s after its election"
+            )
             silent_s = float(event.reason.split()[-2])
             is_hasty = silent_s < MINORITY_WAIT_S and self._scene.is_minority(sender)
             assert not is_hasty, f"{sender} places {event.instance_id} again, with a minority"
