@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any, Final, TypeVar
 
 from aiohttp import web
@@ -73,9 +74,13 @@ class Stores:
         try:
             return self._cards.need(model_id, param=param)
         except RequestError as error:
-            if error.code != "model_not_found" or not is_reference(model_id) or not self._hub_nodes():
+            if error.code != "model_not_found":
                 raise
             unknown = error
+        if (held := await self._held_elsewhere(model_id)) is not None:
+            return held
+        if not is_reference(model_id) or not self._hub_nodes():
+            raise unknown
         try:
             card = await self.resolve(model_id)
         except SkulkError as error:
@@ -85,6 +90,15 @@ class Stores:
             error.param = param
             raise
         return KnownModel(card=card, state=state_of(self._replica.view, card.model_id))
+
+    async def _held_elsewhere(self, model_id: str) -> KnownModel | None:
+        """A model that lies on another node's disk, by that node's card."""
+        for node_id in self.holders(model_id)[:3]:
+            question = ResolveModel(name=model_id)
+            with contextlib.suppress(SkulkError):
+                card = await self._bus.request(STORE_RESOLVE, question, timeout_s=CALL_WAIT_S, node=node_id)
+                return KnownModel(card=card, state=state_of(self._replica.view, model_id))
+        return None
 
     async def resolve(self, name: str) -> ModelCard:
         """A card of the hub, by a node that may ask it: the own one first.

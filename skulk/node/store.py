@@ -24,7 +24,7 @@ from skulk.bus.subjects import (
 from skulk.clock import Clock
 from skulk.errors import RequestError, SkulkError
 from skulk.models.catalogue import Catalogue, CatalogueEntry
-from skulk.models.reference import parse_reference
+from skulk.models.reference import is_reference, parse_reference
 from skulk.models.shelf import Shelf, remove_empty, remove_file
 from skulk.models.tasks import ResolveTask, SearchTask
 from skulk.node.children import Tasks
@@ -105,11 +105,17 @@ class Store:
                 await service.close(drain_s=0.0)
 
     async def resolve(self, name: str) -> ModelCard:
-        """The card of a name of the hub; what was resolved within the last minute is told again.
+        """The card of a model that this node knows, else of a name of the hub; what was resolved within the last minute
+        is told again.
 
         Raises:
             SkulkError: what the hub says; ``model_not_found``: this node must not ask it.
         """
+        try:
+            return self._catalogue.find(name).card
+        except RequestError as error:
+            if error.code != "model_not_found" or not is_reference(name):
+                raise
         reference = parse_reference(name)
         known = self._resolved.get(reference.model_id)
         if known is not None and self._clock.now() - known[0] < RESOLVED_KEPT_S:

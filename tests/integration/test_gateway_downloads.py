@@ -160,6 +160,15 @@ async def test_a_cluster_without_a_hub_asks_nobody(stored: Stored) -> None:
     assert stored.store.asked == []
 
 
+async def test_a_model_on_another_node_s_disk_is_placed_by_that_node_s_card(stored: Stored) -> None:
+    held = msgspec.structs.replace(stored.gateway.view.nodes[NODE].beat.models[0], model_id="bare")
+    await stored.beat(hub=False, models=(held,))
+    answer = await stored.call("POST", "/place_instance", {"model_id": "bare"})
+    assert answer.status == 200, answer.json
+    assert stored.gateway.cluster.placed[0].request.card == FAR
+    assert [asked.name for asked in stored.store.asked] == ["bare"]
+
+
 async def test_search_tells_the_known_ones_first_and_the_hub_s_silence(stored: Stored) -> None:
     found = (await stored.call("GET", "/models/search?query=SmolLM2")).json
     assert [entry["id"] for entry in found["data"]] == [MODEL, "org/far-GGUF"]

@@ -150,7 +150,14 @@ async def test_a_name_is_resolved_once_a_minute(node: Node) -> None:
     assert await node.call(STORE_RESOLVE, ResolveModel(name="org/far")) == FAR
     await node.call(STORE_RESOLVE, ResolveModel(name="org/far"))
     assert node.tasks.asked == [ResolveTask(name="org/far")]
-    assert await node.code_of(STORE_RESOLVE, ResolveModel(name="no name")) == "invalid_request"
+    assert await node.code_of(STORE_RESOLVE, ResolveModel(name="no name")) == "model_not_found"
+
+
+async def test_what_lies_here_is_told_without_asking_anybody(offline: Node) -> None:
+    write_model(offline.folder / "bare.gguf")
+    offline.catalogue.rescan()
+    assert (await offline.call(STORE_RESOLVE, ResolveModel(name="bare"))).model_id == "bare"
+    assert offline.tasks.asked == []
 
 
 async def test_an_offline_node_asks_nobody(offline: Node) -> None:
