@@ -82,7 +82,7 @@ ERRORS: Final[dict[str, ErrorCode]] = {
     "unreachable": _unavailable(50306),
     "bus_disconnected": _unavailable(50307),
     "refused_by_node": _unavailable(50308),
-    "master_unreachable": _unavailable(50309),
+    "master_unreachable": _unavailable(50320),
     "internal": _service(50001, 500, retryable=False),
     "disk_full": _service(50002, 500, retryable=False),
     "runner_failed": _service(50201, 502),
@@ -98,7 +98,7 @@ ERRORS: Final[dict[str, ErrorCode]] = {
     "home_not_writable": _start(60007, 1),
     "child_failed": _start(60008, 1),
     "cluster_not_reached": _start(60009, 1),
-    "node_id_in_use": _start(60010, 75),
+    "node_id_in_use": _start(60020, 75),
 }
 
 
