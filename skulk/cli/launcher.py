@@ -208,7 +208,12 @@ class _Launcher:
         self._stack.push_async_callback(replica.close)
         self._bus, self._replica = bus, replica
         await self._start_roles(address)
-        if not await replica.wait_until(lambda view: view.master is not None, MASTER_WAIT_S):
+        is_led = await replica.wait_until(lambda view: view.master is not None, MASTER_WAIT_S)
+        if not is_led and self._master.unreachable:
+            log.warning(
+                "the master %s is heard by others, not by this node; it serves without", self._master.unreachable
+            )
+        elif not is_led:
             raise StartError(
                 "child_failed", f"no master was elected within {MASTER_WAIT_S:.0f} s; see {self._home}/logs"
             )

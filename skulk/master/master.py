@@ -50,6 +50,7 @@ from skulk.cluster.election import (
     step,
 )
 from skulk.cluster.fold import state_hash
+from skulk.cluster.merge import merge
 from skulk.cluster.view import followers_of
 from skulk.errors import UnavailableError
 from skulk.master.commands import Commands
@@ -180,7 +181,8 @@ class Master:
     def _node_heard(self, beat: NodeBeat) -> None:
         if beat.leaving:
             self._step(MasterLeft(beat.node_id))
-        elif beat.node_id != self._node_id:
+        else:
+            # the own one too: a copy of this home may have led meanwhile, and its log be here;
             # one that follows another master brings what it knows when that one and this one meet
             self._step(TermSeen(beat.position.term, beat.unmerged and beat.master == self._node_id))
 
@@ -248,7 +250,8 @@ class Master:
             return
         for found in told.answers:
             self._replica.hear_runners(found.runners)
-        self._merged = told.merged_with(self.state or self._replica.view.state)
+        here = self._replica.view.state
+        self._merged = told.merged_with(here if self.state is None else merge(self.state, here))
         self._step(RoundEnded(asked.number, told.highest))
 
     def _begin_lead(self, term: Term) -> None:

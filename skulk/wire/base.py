@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, Protocol, TypeVar, runtime_checkable
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -15,19 +15,16 @@ PROTOCOL: Final = 1
 
 _ENCODER = msgspec.json.Encoder()
 _DECODERS: dict[Any, msgspec.json.Decoder[Any]] = {}
+_OPEN: set[Any] = set()
 
 
 class Wire(msgspec.Struct, frozen=True, kw_only=True):
     """A record of the bus. A new field has a default, a type never changes, unknown fields are ignored."""
 
 
-@runtime_checkable
-class Open(Protocol):
-    """A message that must not lose what a newer version wrote into it."""
-
-    def opened(self, raw: dict[str, Any]) -> Any:
-        """The same with that kept. ``raw``: its JSON."""
-        ...
+def _opened(message: Any, body: bytes) -> Any:
+    """Only for what another version wrote: what this one wrote comes out as it went in."""
+    return message.opened(msgspec.json.decode(body))
 
 
 class ErrorBody(Wire, frozen=True, kw_only=True):
@@ -69,7 +66,8 @@ def encode(message: Any) -> bytes:
 
 
 def decode(body: bytes, kind: type[T]) -> T:
-    """A message from JSON; decoders are kept per type. An `Open` one keeps what this version doesn't know.
+    """A message from JSON; decoders are kept per type. One that has a method ``opened`` keeps
+    what this version doesn't know.
 
     Raises:
         ServiceError: ``invalid_message``: the bytes are no JSON or not of this shape.
@@ -77,12 +75,13 @@ def decode(body: bytes, kind: type[T]) -> T:
     decoder = _DECODERS.get(kind)
     if decoder is None:
         decoder = _DECODERS[kind] = msgspec.json.Decoder(kind)
+        if hasattr(kind, "opened"):
+            _OPEN.add(kind)
     try:
-        message: Any = decoder.decode(body)
-        # what was written by this very version comes out as it went in, and needs no second look
-        if not isinstance(message, Open) or _ENCODER.encode(message) == body:
-            return message
-        return message.opened(msgspec.json.decode(body))
+        message: T = decoder.decode(body)
+        if kind in _OPEN and _ENCODER.encode(message) != body:
+            return _opened(message, body)
+        return message
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ServiceError("invalid_message", f"not a {getattr(kind, '__name__', kind)}: {error}") from error
     except RecursionError:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.simulated_faults import run
 
-SEEDS = 200
+SEEDS = 160
 TOGETHER = 10
 
 
