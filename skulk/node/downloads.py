@@ -224,6 +224,11 @@ class Downloads:
             await job.ended.wait()
         return job.status
 
+    def card_of(self, model_id: str) -> ModelCard | None:
+        """Of a model that was asked for lately, though none of its files may be here yet."""
+        job = self._jobs.get(model_id)
+        return None if job is None else job.card
+
     def forget(self, card: ModelCard) -> int:
         """Drops what came of a model that isn't fetched now; returns the bytes freed."""
         self._jobs.pop(card.model_id, None)

@@ -178,7 +178,14 @@ class Store:
             freed = self._downloads.forget(shelved.card) + self._shelf.remove(model_id)
             self._catalogue.rescan()
             return freed
-        entry = self._catalogue.find(model_id)
+        try:
+            entry = self._catalogue.find(model_id)
+        except RequestError:
+            asked = self._downloads.card_of(model_id)
+            if asked is None:
+                raise
+            # Ended before the first of its files came.
+            return self._downloads.forget(asked)
         freed = remove_own_files(entry, self._shelf.folder)
         self._catalogue.rescan()
         return freed
