@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 from typing import Final
 
-from skulk.errors import RequestError
+from skulk.errors import RequestError, SkulkError, error_of
 from skulk.models.catalogue import Catalogue
 from skulk.models.reference import is_reference
 from skulk.models.tasks import ResolveTask
@@ -43,7 +43,11 @@ async def card_of(settings: Settings, catalogue: Catalogue, model_id: str) -> Mo
     except RequestError as error:
         if error.code != "model_not_found" or not is_reference(model_id) or why_no_hub(settings):
             raise
-    return await HubChildren(settings, None).ask(ResolveTask(name=model_id), ModelCard)
+    try:
+        return await HubChildren(settings, None).ask(ResolveTask(name=model_id), ModelCard)
+    except SkulkError as error:
+        detail = f"{model_id} doesn't lie here, and the hub was no help: {error.detail}"
+        raise error_of(error.code, detail, param=error.param, retry_after_s=error.retry_after_s) from error
 
 
 def catalogue_of(settings: Settings) -> Catalogue:
