@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Set
-from typing import Final
+from typing import Final, ParamSpec, TypeVar
 
 import msgspec
 
@@ -52,6 +52,20 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     no_hub: str = ""
     budget_bytes: int = 0
     limits: Limits = Limits()
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+async def _to_its_end(work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    """Runs work in a thread; a task that is cancelled meanwhile ends after it, for the thread can't be stopped."""
+    running = asyncio.ensure_future(asyncio.to_thread(work, *arguments, **named))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait({running})
+        raise
 
 
 class _Job:
@@ -297,7 +311,7 @@ class Downloads:
             limits=self.rules.limits,
         )
         whole = await self._tasks.fetch(task, lambda progress: self._progress(job, progress))
-        await asyncio.to_thread(self._take_in, job, whole)
+        await _to_its_end(self._take_in, job, whole)
         await self._on_change()
         self._set(job, "done", done_bytes=whole.size_bytes)
         self._jobs.pop(card.model_id, None)
@@ -316,7 +330,7 @@ class Downloads:
         """Keeps the card, and evicts what the budget asks for; one at a time, so that two don't count on one room."""
         async with self._room:
             fetching = {name: other.card for name, other in self._jobs.items() if other.is_running}
-            gone = await asyncio.to_thread(self._evict, job, fetching, self._in_use() | fetching.keys())
+            gone = await _to_its_end(self._evict, job, fetching, self._in_use() | fetching.keys())
             if gone:
                 await self._on_change()
 
