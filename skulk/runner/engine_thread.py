@@ -170,9 +170,8 @@ class EngineThread:
             log.exception("the engine failed")
             failure = error if isinstance(error, ServiceError) else _failure(error, "the engine failed")
             ended = end_all(self._state, self._clock.now(), ErrorBody.of(failure))
-            self._report(Stepped(ended.outputs))
             # Not closed: freeing what is in an unknown state may crash before the reason is told.
-            self._report(Failed(failure))
+            self._report(Failed(failure, ended.outputs))
             return
         engine.close()
         self._report(Stopped())

@@ -61,9 +61,13 @@ class Stepped(msgspec.Struct, frozen=True):
 
 
 class Failed(msgspec.Struct, frozen=True):
-    """The engine can't go on; the thread has ended, and with it every request that was added."""
+    """The engine can't go on; the thread has ended, and with it every request that was added.
+
+    ``outputs``: their ends. One report, so that nobody is taken in between the ends and the failure.
+    """
 
     error: SkulkError
+    outputs: tuple[Output, ...] = ()
 
 
 class Stopped(msgspec.Struct, frozen=True):

@@ -298,7 +298,9 @@ class Runner:
                 for output in outputs:
                     self._tell(output)
                 self._note_load()
-            case Failed(error):
+            case Failed(error, outputs):
+                for output in outputs:
+                    self._tell(output)
                 self._failed(error, EXIT_FAILED)
             case Stopped():
                 self._thread_ended.set()
