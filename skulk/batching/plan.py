@@ -10,10 +10,9 @@ from typing import Final
 
 import msgspec
 
-from skulk.batching.cells import count_used
 from skulk.batching.rate import CHUNK_UNIT, Rate, chunk_tokens
 from skulk.batching.requests import Sequence
-from skulk.batching.state import BatchState
+from skulk.batching.state import BatchState, used_cells
 from skulk.batching.step import StepPlan, StepRow
 
 MAX_PASSED: Final = 4
@@ -46,8 +45,7 @@ def budget_for(state: BatchState, rate: Rate) -> StepBudget:
 
 
 def _within_cells(state: BatchState, prefill: int) -> int:
-    held = (*(seq.cells for seq in state.running), *(idle.cells for idle in state.idle))
-    free = state.shape.kv_cells - count_used(held) - sum(seq.is_decoding for seq in state.running)
+    free = state.shape.kv_cells - used_cells(state.running, state.idle) - sum(seq.is_decoding for seq in state.running)
     if prefill <= free:
         return prefill
     assert free > 0, "no cell is free for a prompt"

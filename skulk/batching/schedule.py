@@ -26,7 +26,7 @@ from skulk.batching.operations import Begin, End, Forget, Keep, Move, Operation,
 from skulk.batching.rate import CHUNK_UNIT
 from skulk.batching.requests import Sequence
 from skulk.batching.reuse import Source, outlook
-from skulk.batching.state import MIN_REUSE, BatchState, Changed, Idle, Parked, progress
+from skulk.batching.state import MIN_REUSE, BatchState, Changed, Idle, Parked, progress, used_cells
 
 RESERVE: Final = 64
 """Cells that a sequence should find free for its answer before another is started beside it."""
@@ -68,11 +68,7 @@ def _is_settled(state: BatchState, idle_limit: int | None) -> bool:
         slots = [seq.slot for seq in running]
         return not slots or max(slots) - min(slots) < len(slots)
     by_running = count_used([seq.cells for seq in running])
-    used = (
-        by_running
-        if not state.idle
-        else count_used([*(seq.cells for seq in running), *(one.cells for one in state.idle)])
-    )
+    used = used_cells(running, state.idle) if state.idle else by_running
     if running and idle_limit is not None and used - by_running > idle_limit:
         return False
     return used + _next_step(running) <= shape.kv_cells
@@ -178,7 +174,7 @@ class _Draft:
     # Cells
 
     def used(self) -> int:
-        return count_used((*(seq.cells for seq in self.running.values()), *(one.cells for one in self.idle.values())))
+        return used_cells(self.running.values(), self.idle.values())
 
     def used_by_running(self) -> int:
         return count_used(seq.cells for seq in self.running.values())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 import msgspec
 
 from skulk.batching.admission import BatchShape
-from skulk.batching.cells import NO_CELLS, Cells
+from skulk.batching.cells import NO_CELLS, Cells, count_used
 from skulk.batching.operations import Operation
 from skulk.batching.requests import Output, Progressed, Sequence
 
@@ -64,6 +65,11 @@ class Changed(NamedTuple):
     state: BatchState
     outputs: tuple[Output, ...] = ()
     operations: tuple[Operation, ...] = ()
+
+
+def used_cells(running: Iterable[Sequence], idle: Iterable[Idle]) -> int:
+    """How many cells of a unified cache are in use, those that several hold counted once."""
+    return count_used((*(seq.cells for seq in running), *(one.cells for one in idle)))
 
 
 def progress(sequence: Sequence) -> Progressed:
