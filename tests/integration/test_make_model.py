@@ -28,7 +28,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tokens_of(path: Path, text: str) -> tuple[int, ...]:
     """Loads a model, which computes a chunk and some steps, and has it read a text."""
-    spec = LoadSpec(path=str(path), backend="llama_cpp-cpu", context_length=256, kv_cells=256, n_ubatch=32)
+    spec = LoadSpec(path=str(path), backend="llama_cpp-cpu", context_length=256, kv_cells=256, n_ubatch=32, n_threads=1)
     engine = load(spec, lambda _: True)
     try:
         return tuple(engine.tokens_of(TextPrompt(text=text)))
