@@ -64,8 +64,8 @@ class Stores:
         self._catalogue = catalogue
         self._cards = cards
 
-    async def known(self, model_id: str, *, param: str) -> KnownModel:
-        """A model by its id: placed, in the catalogue, on another node's disk, or else on the hub.
+    async def known(self, model_id: str, *, param: str, may_ask_hub: bool = True) -> KnownModel:
+        """A model by its id: placed, in the catalogue, on another node's disk, or else, where that may be, on the hub.
 
         Raises:
             RequestError: ``model_not_found`` with the call that searches; what the hub says of it.
@@ -79,7 +79,7 @@ class Stores:
             unknown = error
         if (held := await self._held_elsewhere(model_id)) is not None:
             return held
-        if not is_reference(model_id) or not self._hub_nodes():
+        if not may_ask_hub or not is_reference(model_id) or not self._hub_nodes():
             raise unknown
         try:
             card = await self.resolve(model_id)
