@@ -56,7 +56,8 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 async def clients(servers: Sequence[Server], plan: Plan) -> AsyncGenerator[list[tuple[Server, Client]]]:
     """Each server with its client; a server without a model gets the first of its list."""
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)
-    connector = aiohttp.TCPConnector(limit=0)
+    # A connection each: llama-server closes those that are kept, at times just when the next request goes out.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         found: list[tuple[Server, Client]] = []
         for server in servers:

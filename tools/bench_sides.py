@@ -43,7 +43,7 @@ from skulk.batching.step import StepPlan, StepResult  # noqa: E402
 from skulk.clock import Clock, SystemClock  # noqa: E402
 from skulk.engines.protocol import Engine, EngineInfo, LoadSpec, Progress  # noqa: E402
 from skulk.engines.registry import loader_for  # noqa: E402
-from skulk.node.processes import ENVIRONMENT  # noqa: E402
+from skulk.node.processes import environment_of  # noqa: E402
 from skulk.runner.engine_thread import EngineThread  # noqa: E402
 from skulk.runner.reports import Add, Failed, Loaded, Refused, Report, Stepped, Stopped  # noqa: E402
 from skulk.runner.runner import shape_of  # noqa: E402
@@ -371,8 +371,8 @@ def ours_apart(case: Case) -> Measured:
 
 
 def _run(command: Sequence[str], more: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs one side in the environment that a node gives its runners: threads that wait for each other sleep soon."""
-    environment = {**os.environ, **ENVIRONMENT, **(more or {})}
+    """Runs one side in the environment that a node gives its only runner."""
+    environment = {**os.environ, **environment_of(0, 0), **(more or {})}
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=RUN_S, env=environment)
 
 

@@ -293,17 +293,21 @@ class _Draft:
             idle = self.idle.pop(source.id)
             if source.count == len(idle.tokens):
                 return idle.slot, idle.cells
+            if source.is_short:
+                self.park(idle.slot, idle.tokens)
             self.operations.append(Keep(slot=idle.slot, count=source.count))
             return idle.slot, beginning(idle.cells, source.count)
         slot = self.empty_slot(but=source.id if source.kind == "idle" else -1)
         if source.kind == "parked":
             parked = self.parked[source.id]
-            self.parked[source.id] = msgspec.structs.replace(parked, used_at=self.now)
+            if not source.is_short:
+                self.parked[source.id] = msgspec.structs.replace(parked, used_at=self.now)
             cells = self.fresh_cells(source.count, most=self.passing(source))
             self.operations.append(Restore(parked=source.id, slot=slot, count=source.count))
             return slot, cells
         if source.kind == "idle":
-            self.idle[source.id] = msgspec.structs.replace(self.idle[source.id], used_at=self.now)
+            if not source.is_short:
+                self.idle[source.id] = msgspec.structs.replace(self.idle[source.id], used_at=self.now)
             held = self.idle[source.id].cells
         else:
             held = self.running[source.id].cells

@@ -13,7 +13,7 @@ from skulk.batching.operations import Operation
 from skulk.batching.requests import Output, Progressed, Sequence
 
 MIN_REUSE: Final = 64
-"""Tokens below which another request's cells aren't worth taking: one prefill chunk."""
+"""Tokens from which on another request's cells are always worth taking: one prefill chunk."""
 
 
 class Idle(msgspec.Struct, frozen=True, kw_only=True):

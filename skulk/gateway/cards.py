@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final, Literal
 
 import msgspec
@@ -44,7 +45,7 @@ class Cards:
             card = instance.request.card
             if card.model_id not in found:
                 found[card.model_id] = _known(view, card, None)
-        return tuple(sorted(found.values(), key=lambda model: (STATES.index(model.state), model.card.model_id)))
+        return ready_first(found.values())
 
     def need(self, model_id: str, *, param: str = "model") -> KnownModel:
         """A model by its id; placed ones come first, whatever lies on this node.
@@ -61,6 +62,11 @@ class Cards:
         except RequestError as error:
             raise RequestError(error.code, error.detail, param=param) from error
         return _known(view, entry.card, entry.problem)
+
+
+def ready_first(models: Iterable[KnownModel]) -> tuple[KnownModel, ...]:
+    """By state, then by id."""
+    return tuple(sorted(models, key=lambda model: (STATES.index(model.state), model.card.model_id)))
 
 
 def _known(view: ClusterView, card: ModelCard, problem: str | None) -> KnownModel:

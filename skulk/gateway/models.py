@@ -1,4 +1,4 @@
-"""The models that this node knows, in OpenAI's list and with what existing clients read."""
+"""The models that the cluster knows, in OpenAI's list and with what existing clients read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def list_models(request: web.Request) -> web.Response:
     state = request.query.get("state")
     if state is not None and state not in STATES:
         raise RequestError("invalid_request", f"state must be one of {', '.join(STATES)}", param="state")
-    return _list(known for known in request.app[CARDS].all() if state in (None, known.state))
+    return _list(known for known in await request.app[STORES].all() if state in (None, known.state))
 
 
 async def search_models(request: web.Request) -> web.Response:
@@ -33,7 +33,8 @@ async def search_models(request: web.Request) -> web.Response:
     query = request.query.get("query") or request.query.get("q") or ""
     words = query.lower().split()
     limit = whole_number(request, "limit", MAX_FOUND, low=1, high=1_000)
-    found = [_json(known) for known in request.app[CARDS].all() if all(word in _text(known) for word in words)]
+    known = await request.app[STORES].all()
+    found = [_json(one) for one in known if all(word in _text(one) for word in words)]
     answer: dict[str, Any] = {"object": "list", "data": found[:limit]}
     if words and request.query.get("hub") != "0" and request.app[STORES].may_ask_hub():
         answer |= await _on_hub(request, query, {entry["id"] for entry in found}, limit - len(found))
@@ -54,8 +55,9 @@ async def _on_hub(request: web.Request, query: str, known: set[str], limit: int)
 
 async def show_model(request: web.Request) -> web.Response:
     """``GET /v1/models/{model_id}``; ids hold slashes."""
-    known = request.app[CARDS].need(request.match_info["model_id"])
-    return json_response(_json(known))
+    model_id = request.match_info["model_id"]
+    listed = next((known for known in await request.app[STORES].all() if known.card.model_id == model_id), None)
+    return json_response(_json(listed or request.app[CARDS].need(model_id)))
 
 
 def _list(models: Any) -> web.Response:

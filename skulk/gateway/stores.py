@@ -22,10 +22,10 @@ from skulk.bus.subjects import (
 )
 from skulk.cluster.view import ClusterView, NodeView
 from skulk.errors import RequestError, SkulkError
-from skulk.gateway.cards import Cards, KnownModel, state_of
+from skulk.gateway.cards import Cards, KnownModel, ready_first, state_of
 from skulk.models.catalogue import Catalogue
 from skulk.models.reference import is_reference
-from skulk.wire.model import ModelCard
+from skulk.wire.model import HeldModel, ModelCard
 from skulk.wire.store import (
     AddModel,
     CancelPull,
@@ -44,6 +44,8 @@ R = TypeVar("R")
 
 HUB_WAIT_S: Final = 70.0
 CALL_WAIT_S: Final = 15.0
+LIST_WAIT_S: Final = 2.0
+ASKED_AT_ONCE: Final = 16
 HASH_WAIT_S: Final = 3_600.0
 # Kept from a client that only asked whether a model is known: there is none, whatever the reason.
 _HUB_SILENT: Final = ("hub_unreachable", "deadline_exceeded", "unreachable", "hub_failed", "download_failed")
@@ -63,6 +65,35 @@ class Stores:
         self._node_id = node_id
         self._catalogue = catalogue
         self._cards = cards
+        self._elsewhere: dict[HeldModel, ModelCard] = {}
+
+    async def all(self) -> tuple[KnownModel, ...]:
+        """Every model that is placed, in the catalogue of this node, or on the disk of another: ready ones first.
+
+        Cards of other nodes are asked for once. A node that doesn't answer within `LIST_WAIT_S` leaves out its own.
+        """
+        known = {model.card.model_id: model for model in self._cards.all()}
+        view = self._replica.view
+        held = {
+            one.model_id: (one, node_id)
+            for node_id, node in sorted(view.nodes.items())
+            for one in node.beat.models
+            if one.model_id not in known
+        }
+        self._elsewhere = {one: self._elsewhere[one] for one, _ in held.values() if one in self._elsewhere}
+        unknown = [(one, node_id) for one, node_id in held.values() if one not in self._elsewhere]
+        for at in range(0, len(unknown), ASKED_AT_ONCE):
+            await asyncio.gather(*(self._learn(one, node_id) for one, node_id in unknown[at : at + ASKED_AT_ONCE]))
+        others = (self._elsewhere[one] for one, _ in held.values() if one in self._elsewhere)
+        return ready_first(
+            (*known.values(), *(KnownModel(card=card, state=state_of(view, card.model_id)) for card in others))
+        )
+
+    async def _learn(self, held: HeldModel, node_id: str) -> None:
+        question = ResolveModel(name=held.model_id)
+        with contextlib.suppress(SkulkError):
+            card = await self._bus.request(STORE_RESOLVE, question, timeout_s=LIST_WAIT_S, node=node_id)
+            self._elsewhere[held] = card
 
     async def known(self, model_id: str, *, param: str, may_ask_hub: bool = True) -> KnownModel:
         """A model by its id: placed, in the catalogue, on another node's disk, or else, where that may be, on the hub.

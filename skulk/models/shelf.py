@@ -38,11 +38,13 @@ class Shelved(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         pinned: a person wants it kept: it is never evicted.
+        asked: a person asked for its files, and they haven't all come yet; a node that starts again goes on with it.
         added_at, used_at: seconds since the epoch.
     """
 
     card: ModelCard
     pinned: bool = False
+    asked: bool = False
     added_at: float = 0.0
     used_at: float = 0.0
 
@@ -98,8 +100,8 @@ class Shelf:
         except (OSError, msgspec.DecodeError):
             return None
 
-    def keep(self, card: ModelCard, now: float, *, pinned: bool | None = None) -> None:
-        """Writes a card; ``pinned`` None: as it was.
+    def keep(self, card: ModelCard, now: float, *, pinned: bool | None = None, asked: bool | None = None) -> None:
+        """Writes a card; ``pinned`` and ``asked`` None: as they were.
 
         Raises:
             ServiceError: ``disk_full``.
@@ -108,7 +110,9 @@ class Shelf:
         self.place_of(card)
         known = self.find(card.model_id)
         was = Shelved(card=card, added_at=now, used_at=now) if known is None else known
-        self._write(msgspec.structs.replace(was, card=card, pinned=was.pinned if pinned is None else pinned))
+        pinned = was.pinned if pinned is None else pinned
+        asked = was.asked if asked is None else asked
+        self._write(msgspec.structs.replace(was, card=card, pinned=pinned, asked=asked))
 
     def touch(self, model_id: str, now: float) -> None:
         """Notes that a model is used now; nothing happens where it isn't on the shelf, or the disk takes no more."""

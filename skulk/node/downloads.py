@@ -7,12 +7,14 @@
 | failed    | its child said why, or died             | `begin` or `fetch` -> waiting; after an hour -> gone        |
 | cancelled | `cancel`, or nobody waits any more      | as failed                                                   |
 
-What came stays on the disk whatever the end was, and is taken up by the next attempt.
+What came stays on the disk whatever the end was, and is taken up by the next attempt. What a person asked for is noted
+on the shelf until it is here or cancelled, so a node that starts again goes on with it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Set
 from typing import Final, ParamSpec, TypeVar
@@ -142,9 +144,18 @@ class Downloads:
             self._group = group
             self.started.set()
             try:
+                await self._go_on()
                 await asyncio.get_running_loop().create_future()
             finally:
                 self._group = None
+
+    async def _go_on(self) -> None:
+        """Begins what a person asked for before the node's last end."""
+        for shelved in await _to_its_end(self.shelf.all):
+            if shelved.asked:
+                log.info("going on with %s", shelved.card.model_id)
+                with contextlib.suppress(SkulkError):
+                    self.begin(shelved.card)
 
     def statuses(self) -> tuple[DownloadStatus, ...]:
         """What runs, and what ended badly within the last hour; by model id."""
@@ -195,12 +206,14 @@ class Downloads:
             UnavailableError, ServiceError: nothing more is taken.
         """
         job = self._job(card)
+        now = self._clock.wall()
         if job is None:
-            if pinned is not None and self.shelf.find(card.model_id) is not None:
-                self.shelf.keep(card, self._clock.wall(), pinned=pinned)
-            return _whole(card, self._clock.wall())
+            if self.shelf.find(card.model_id) is not None:
+                self.shelf.keep(card, now, pinned=pinned, asked=False)
+            return _whole(card, now)
         job.is_asked = True
         job.pinned = job.pinned if pinned is None else pinned
+        self.shelf.keep(card, now, pinned=job.pinned, asked=True)
         return job.status
 
     async def fetch(self, card: ModelCard) -> None:
@@ -236,6 +249,8 @@ class Downloads:
         if job.is_running:
             self._end(job)
             await job.ended.wait()
+        if self.shelf.find(model_id) is not None:
+            self.shelf.keep(job.card, self._clock.wall(), asked=False)
         return job.status
 
     def card_of(self, model_id: str) -> ModelCard | None:
@@ -319,7 +334,7 @@ class Downloads:
 
     def _take_in(self, job: _Job, whole: ModelCard) -> None:
         """Keeps the card with all hashes, so that nothing is hashed again."""
-        self.shelf.keep(whole, self._clock.wall(), pinned=job.pinned)
+        self.shelf.keep(whole, self._clock.wall(), pinned=job.pinned, asked=False)
         self.shelf.touch(whole.model_id, self._clock.wall())
         for file, path in zip(whole.all_files, self.shelf.files_of(whole), strict=True):
             assert file.sha256 is not None

@@ -6,6 +6,7 @@ Settings ──> storehouse() ──> Storehouse: shelf, downloads, store; what 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -93,16 +94,24 @@ class Storehouse:
         )
 
     def neighbours(self, card: ModelCard) -> tuple[Neighbour, ...]:
-        """The nodes that have a model and serve it, some at most; not those with other bytes under its id."""
+        """Where a model is served, some places at most; not by nodes with other bytes under its id.
+
+        Each node's first address comes before the others of any: it serves on all that its routes name.
+        """
         wanted = card.files[0].sha256
-        found: list[Neighbour] = []
+        found: list[str] = []
+        others: list[str] = []
         for node_id, node in sorted(self._replica.view.nodes.items()):
             if node_id == self._node_id or not node.beat.files:
                 continue
             held = next((held for held in node.beat.models if held.model_id == card.model_id), None)
             if held is not None and (held.sha256 or wanted) == (wanted or held.sha256):
-                found.append(Neighbour(url=f"http://{node.beat.files}", credential=self._credential))
-        return tuple(found[:MAX_NEIGHBOURS])
+                found.append(node.beat.files)
+                others += other_addresses(node.beat.files, node.beat.routes)
+        return tuple(
+            Neighbour(url=f"http://{address}", credential=self._credential)
+            for address in (*found, *others)[:MAX_NEIGHBOURS]
+        )
 
     def files_child(self, port: int, folders: CatalogueFolders) -> ChildSpec:
         """The child that serves weights to neighbours."""
@@ -127,6 +136,13 @@ class Storehouse:
             nice=5,
             drain_s=FILES_DRAIN_S,
         )
+
+
+def other_addresses(files: str, routes: Sequence[str]) -> list[str]:
+    """``host:port`` of a files server on the other hosts that a node's routes name."""
+    own, _, port = files.rpartition(":")
+    hosts = (route.rpartition(":")[0] for route in routes)
+    return [f"{host}:{port}" for host in dict.fromkeys(hosts) if host != own]
 
 
 class CatalogueFolders:

@@ -21,7 +21,7 @@ from skulk.bus.subjects import (
 )
 from skulk.errors import RequestError, SkulkError, UnavailableError
 from skulk.wire.base import ErrorBody
-from skulk.wire.model import ModelCard
+from skulk.wire.model import HeldModel, ModelCard
 from skulk.wire.store import (
     DownloadStatus,
     FoundModel,
@@ -121,6 +121,29 @@ async def stored(tmp_path: Path) -> AsyncIterator[Stored]:
         await found.beat(hub=True)
         yield found
         await store.service.close(drain_s=0.0)
+
+
+async def test_what_lies_on_another_node_is_listed_by_its_card(stored: Stored) -> None:
+    held = HeldModel(model_id=HUB_MODEL, size_bytes=100)
+    await stored.beat(models=(held,))
+    for _ in range(2):
+        listed = (await stored.call("GET", "/v1/models")).json["data"]
+        assert (HUB_MODEL, "downloaded") in [(one["id"], one["state"]) for one in listed]
+    shown = await stored.call("GET", f"/v1/models/{HUB_MODEL}")
+    assert (shown.status, shown.json["id"]) == (200, HUB_MODEL)
+    found = await stored.call("GET", "/models/search?query=far&hub=0")
+    assert [one["id"] for one in found.json["data"]] == [HUB_MODEL]
+    assert len(stored.store.asked) == 1, "its card was asked for once"
+    await stored.beat(models=())
+    listed = (await stored.call("GET", "/v1/models")).json["data"]
+    assert HUB_MODEL not in [one["id"] for one in listed]
+
+
+async def test_a_node_that_does_not_tell_its_card_hides_no_other_model(stored: Stored) -> None:
+    stored.store.refusal = UnavailableError("hub_unreachable", "it is silent")
+    await stored.beat(models=(HeldModel(model_id=HUB_MODEL, size_bytes=100),))
+    answer = await stored.call("GET", "/v1/models")
+    assert (answer.status, [one["id"] for one in answer.json["data"]]) == (200, [MODEL])
 
 
 async def test_a_model_of_the_hub_is_placed_with_its_pins_in_the_state(stored: Stored) -> None:

@@ -132,6 +132,36 @@ async def test_when_nobody_waits_any_more_the_download_ends_unless_a_person_aske
         await node.downloads.fetch(card)
 
 
+async def test_what_a_person_asked_for_goes_on_when_the_node_starts_again(small_hub: SmallHub, tmp_path: Path) -> None:
+    card = await resolved(small_hub, REPO)
+    small_hub.stalls = True
+    async with downloading_node(tmp_path, small_hub.url) as node:
+        node.downloads.begin(card, pinned=True)
+        await node.wait_status(REPO, lambda status: status is not None and status.phase == "fetching")
+        await wait_for_children()
+    small_hub.stalls = False
+    async with downloading_node(tmp_path, small_hub.url) as node:
+        await node.wait_status(REPO, lambda status: status is None and node.downloads.has(card))
+        shelved = node.downloads.shelf.find(REPO)
+        assert shelved is not None and (shelved.pinned, shelved.asked) == (True, False)
+
+
+async def test_what_was_cancelled_stays_so_when_the_node_starts_again(small_hub: SmallHub, tmp_path: Path) -> None:
+    card = await resolved(small_hub, REPO)
+    small_hub.stalls = True
+    async with downloading_node(tmp_path, small_hub.url, in_threads=True) as node:
+        node.downloads.begin(card)
+        shelved = node.downloads.shelf.find(REPO)
+        assert shelved is not None and shelved.asked
+        await node.downloads.cancel(REPO)
+    small_hub.stalls = False
+    async with downloading_node(tmp_path, small_hub.url, in_threads=True) as node:
+        await asyncio.to_thread(node.downloads.shelf.all)
+        shelved = node.downloads.shelf.find(REPO)
+        assert shelved is not None and not shelved.asked
+        assert node.downloads.statuses() == ()
+
+
 async def test_a_failure_is_told_and_the_next_attempt_needs_no_restart(small_hub: SmallHub, tmp_path: Path) -> None:
     async with downloading_node(tmp_path, small_hub.url, in_threads=True) as node:
         card = await resolved(small_hub, REPO)

@@ -1,4 +1,7 @@
-"""A node as a user runs it, and a hub: a model that nobody has is placed, comes, answers, and is removed again."""
+"""Nodes as users run them, and a hub: a model that nobody has is placed, comes, answers, and is removed again.
+
+And a second node that can't reach the hub gets it from the first.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import pytest
 
 from tests.support.gguf import embedded_model
 from tests.support.hub import SmallHub
-from tests.support.whole_node import WholeNode, skulk, whole_node
+from tests.support.whole_node import NAMED_PEERS, WholeNode, skulk, whole_node
 
 REPO = "org/smol-GGUF"
 FILE = "smol.Q4_1.gguf"
@@ -31,7 +34,7 @@ def small_hub() -> Iterator[SmallHub]:
 async def node(small_hub: SmallHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[WholeNode]:
     monkeypatch.setenv("HF_ENDPOINT", small_hub.url)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    async with whole_node(tmp_path, "--place", REPO) as running:
+    async with whole_node(tmp_path / "a", "--place", REPO, scope=NAMED_PEERS) as running:
         yield running
 
 
@@ -53,8 +56,8 @@ def is_ready(state: dict[str, Any]) -> bool:
     return any("RunnerReady" in runner for runner in state["runners"].values())
 
 
-async def test_a_model_that_nobody_has_is_placed_fetched_served_verified_and_removed(
-    node: WholeNode, small_hub: SmallHub
+async def test_a_model_that_nobody_has_is_placed_fetched_served_handed_on_verified_and_removed(
+    node: WholeNode, small_hub: SmallHub, tmp_path: Path
 ) -> None:
     await node.wait_state(lambda state: REPO in downloads_of(state))
     state = await node.wait_state(is_ready, 90.0)
@@ -68,6 +71,7 @@ async def test_a_model_that_nobody_has_is_placed_fetched_served_verified_and_rem
 
     await nothing_whole_comes_twice(node, small_hub)
     await refusals_have_their_codes(node)
+    await a_node_without_the_hub_gets_it_from_its_neighbour(node, small_hub, tmp_path)
 
     status, refused = await node.call("DELETE", f"/store/models/{REPO}")
     assert (status, refused["error"]["code"]) == (400, "model_in_use")
@@ -96,6 +100,35 @@ async def nothing_whole_comes_twice(node: WholeNode, small_hub: SmallHub) -> Non
     (report,) = told["decision"]["reports"]
     assert report["score"]["weights"] == 0 and report["memory"]["weights_bytes"] > 0
     assert small_hub.sent_bytes - before < 32 * 1024 * 1024
+
+
+async def a_node_without_the_hub_gets_it_from_its_neighbour(node: WholeNode, hub: SmallHub, tmp_path: Path) -> None:
+    """Placed there by its name, fetched whole, served; the hub wasn't asked for a byte, and couldn't have been."""
+    first, before = node.facts["node_id"], hub.sent_bytes
+    route = f"127.0.0.1:{node.facts['route_port']}"
+    blocked = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "no-hf")}
+    async with whole_node(tmp_path / "b", "--bootstrap-peers", route, scope=NAMED_PEERS, **blocked) as second:
+        await second.wait_state(lambda state: first in state["lastSeen"])
+        request = {"model_id": REPO, "excluded_nodes": [first]}
+        status, placed = await second.call("POST", "/place_instance", request)
+        assert status == 200, placed
+        mine = second.facts["node_id"]
+        await second.wait_state(lambda state: is_ready_on(state, placed["instance_id"], mine), 90.0)
+        here = second.home / "models" / REPO / FILE
+        assert here.read_bytes() == embedded_model().read_bytes()
+        assert hub.sent_bytes == before
+        status, _ = await second.call("DELETE", f"/instance/{placed['instance_id']}")
+        assert status == 200
+
+
+def is_ready_on(state: dict[str, Any], instance_id: str, node_id: str) -> bool:
+    """Whether an instance's runner is ready on a node."""
+    for instance in state["instances"].values():
+        (body,) = instance.values()
+        runner = body["shardAssignments"]["nodeToRunner"].get(node_id)
+        if body["instanceId"] == instance_id and runner is not None:
+            return "RunnerReady" in state["runners"].get(runner, {})
+    return False
 
 
 async def refusals_have_their_codes(node: WholeNode) -> None:

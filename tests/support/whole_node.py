@@ -23,6 +23,9 @@ START_S = 60.0
 READY_S = 60.0
 STOP_S = 30.0
 FREE_PORTS = ("--api-port", "0", "--nats-port", "0", "--route-port", "0", "--files-port", "0")
+LOCAL = ("--local",)
+# As nodes on hosts of their own, so that they serve weights to each other.
+NAMED_PEERS = ("--no-mdns", "--api-host", "127.0.0.1")
 # Small steps and few cells: a warm-up of 512 tokens takes 5 s of a core, and cells are zeroed at the load. One thread:
 # two nodes with two threads each on two cores hold each other up.
 SMALL_ENGINE = {
@@ -170,17 +173,19 @@ class WholeNode:
 
 
 @contextlib.asynccontextmanager
-async def whole_node(home: Path, *arguments: str, **variables: str) -> AsyncGenerator[WholeNode]:
+async def whole_node(
+    home: Path, *arguments: str, scope: tuple[str, ...] = LOCAL, **variables: str
+) -> AsyncGenerator[WholeNode]:
     """A node that is up; at the end no process of it is left, or the test fails.
 
-    ``variables``: of its environment.
+    ``scope``: whom it may meet; ``variables``: of its environment.
     """
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "skulk",
         "up",
-        "--local",
+        *scope,
         *FREE_PORTS,
         *arguments,
         env=environment(home, **variables),

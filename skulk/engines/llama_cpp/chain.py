@@ -13,6 +13,7 @@ on in another one. What it remembers comes from the tokens it was begun with and
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -23,7 +24,7 @@ from skulk.engines.llama_cpp.breakers import BreakerIndex, Breakers
 from skulk.engines.llama_cpp.draw import TURN_XTC, Drawer, uniforms
 from skulk.engines.llama_cpp.filters import Candidates, Logits
 from skulk.engines.llama_cpp.mirostat import Mirostat
-from skulk.engines.llama_cpp.native import library
+from skulk.engines.llama_cpp.native import address_of_row
 from skulk.engines.llama_cpp.penalties import Biases, Dry, Edit, Penalties
 from skulk.engines.llama_cpp.sampling import Settled, SettledDry
 from skulk.engines.llama_cpp.vocabulary import Vocabulary
@@ -42,7 +43,7 @@ class Workbench:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._views: dict[int, Logits] = {}
-        self._lib: Any = library()
+        self._address_of_row = address_of_row()
         self._edited = np.empty(vocabulary.size, dtype=np.float32)
         self._index: BreakerIndex | None = None
         self._breakers: dict[tuple[str, ...], Breakers] = {}
@@ -51,9 +52,8 @@ class Workbench:
 
     def row(self, context: int, index: int) -> Logits:
         """The logits of batch row ``index``, (n_vocab,) float32: llama.cpp's own memory, until the next call."""
-        pointer = self._lib.llama_get_logits_ith(context, index)
-        assert pointer, f"row {index} has no logits"
-        address = ctypes.addressof(pointer.contents)
+        address = self._address_of_row(context, index)
+        assert address, f"row {index} has no logits"
         view = self._views.get(address)
         if view is None:
             if len(self._views) >= _MAX_VIEWS:
@@ -95,6 +95,7 @@ class SamplerChain:
         self._settled = settled
         self._workbench = workbench
         self._edits: tuple[Edit, ...] = tuple(_edits_of(settled, history, workbench))
+        self._is_bare = settled.is_greedy and not self._edits
         self._mirostat = (
             Mirostat(settled.mirostat, settled.mirostat_tau, settled.mirostat_eta) if settled.mirostat else None
         )
@@ -110,7 +111,8 @@ class SamplerChain:
         Raises:
             ServiceError: ``runner_failed``: the logits are no numbers.
         """
-        return self.sample_row(self._workbench.row(context, index), position)
+        row = self._workbench.row(context, index)
+        return _greedy(row) if self._is_bare else self.sample_row(row, position)
 
     def sample_row(self, row: Logits, position: int) -> int:
         """`sample` from a row, (n_vocab,) float32."""
@@ -184,7 +186,7 @@ def _greedy(row: Logits) -> int:
 
 def _checked(peak: float) -> float:
     """The greatest logit, if it is a number; of NaN among them numpy makes the greatest."""
-    if not np.isfinite(peak):
+    if not math.isfinite(peak):
         raise ServiceError(
             "runner_failed",
             f"the model's scores of the next token are no numbers (the greatest is {peak}): its weights are damaged, "

@@ -98,21 +98,21 @@ class Drawer:
         # Of one token; more than it should be where the logits are so great that float32 has no number just there.
         tail_weight = math.exp((float(bound) - candidates.peak) / temperature)
         is_head = candidates.logits >= bound
-        if tail_weight * self._size > 2 * _TAIL_WEIGHT or np.count_nonzero(is_head) > _DENSE_SHARE * self._size:
+        head = is_head.nonzero()[0]
+        if tail_weight * self._size > 2 * _TAIL_WEIGHT or head.size > _DENSE_SHARE * self._size:
             weights_of(candidates._replace(scratch=self.scratch), temperature)
             return _pick_in_blocks(self._padded, uniforms(key, position).first)
-        return self._draw_parted(candidates, temperature, is_head, tail_weight, key, position)
+        return self._draw_parted(candidates, temperature, head, tail_weight, key, position)
 
     def _draw_parted(
         self,
         row: Candidates,
         temperature: float,
-        is_head: NDArray[np.bool_],
+        head: NDArray[np.intp],
         tail_weight: float,
         key: int,
         position: int,
     ) -> int:
-        head = is_head.nonzero()[0]
         sums = running_sums(weights_of(Candidates(row.logits[head], row.peak, head), temperature))
         head_mass = float(sums[-1])
         for turn in range(_MAX_TURNS):
@@ -122,9 +122,14 @@ class Drawer:
                 return int(head[_passed(sums, target)])
             token = int(chances.second * self._size)
             true_weight = math.exp((float(row.logits[token]) - row.peak) / temperature)
-            if not is_head[token] and chances.third * tail_weight < true_weight:
+            if not _holds(head, token) and chances.third * tail_weight < true_weight:
                 return token
         raise AssertionError(f"no token was accepted in {_MAX_TURNS} turns")
+
+
+def _holds(ascending: NDArray[np.intp], index: int) -> bool:
+    at = int(ascending.searchsorted(index))
+    return at < ascending.size and int(ascending[at]) == index
 
 
 def _pick_in_blocks(weights: NDArray[np.float32], u: float) -> int:

@@ -89,6 +89,8 @@ def calls_of(rows: Sequence[StepRow], layout: Layout) -> tuple[tuple[StepRow, ..
     below 64 flash attention is half as fast. So only rows of one length share a call where each sequence has a
     stream, and only as many as one pass takes; a unified cache attends to all rows of a call at once.
     """
+    if len(rows) == 1 and len(rows[0].tokens) <= layout.n_ubatch:
+        return (tuple(rows),)
     if layout.unified:
         return split_rows(sorted(rows, key=lambda row: row.slot), layout.n_batch)
     ordered = sorted(rows, key=lambda row: (len(row.tokens), row.slot))

@@ -17,7 +17,7 @@ from skulk.batching.operations import Forget, Move, Operation, Park, Restore, Sh
 from skulk.batching.plan import budget_for, plan_step
 from skulk.batching.rate import IDLE_SHARE, Rate, idle_limit
 from skulk.batching.requests import BatchRequest, Emitted, Output
-from skulk.batching.reuse import common_beginning
+from skulk.batching.reuse import COPIED_PER_TOKEN, MIN_SHORT_REUSE, common_beginning
 from skulk.batching.schedule import schedule
 from skulk.batching.slots import add, end_request
 from skulk.batching.state import MIN_REUSE, BatchState, Changed
@@ -153,13 +153,42 @@ class TestSharing:
         firsts = [one.key.request_id for one in played.outputs if isinstance(one, Emitted)]
         assert firsts.index("follower") < firsts.index("late")
 
-    def test_what_is_shorter_than_a_chunk_is_not_worth_it(self, cells: int | None) -> None:
+    def test_what_a_template_puts_before_every_prompt_is_computed_once(self, cells: int | None) -> None:
         played = table(kv_cells=cells)
-        played.add(asked("a", text(1, MIN_REUSE - 1) + text(2, 9)))
+        prompts = {name: (*text(1, 30), *text(index, 90)) for index, name in enumerate("abcdefghij", start=2)}
+        for name, prompt in prompts.items():
+            played.add(asked(name, prompt))
+            played.play()
+            assert played.tokens(name) == answer_to(prompt, 6)
+        assert [played.cached(name) for name in prompts] == [0] + [30] * 9
+
+    def test_a_few_tokens_are_not_worth_it(self, cells: int | None) -> None:
+        played = table(kv_cells=cells)
+        played.add(asked("a", text(1, MIN_SHORT_REUSE - 1) + text(2, 90)))
         played.play()
-        played.add(asked("b", text(1, MIN_REUSE - 1) + text(3, 9)))
+        played.add(asked("b", text(1, MIN_SHORT_REUSE - 1) + text(3, 90)))
         played.play()
         assert played.cached("b") == 0
+
+    def test_a_short_beginning_of_a_long_state_is_shared_but_never_copied(self, cells: int | None) -> None:
+        played = table(kv_cells=cells)
+        played.add(asked("a", text(1, 30) + text(2, 30 * COPIED_PER_TOKEN)))
+        played.play()
+        played.add(asked("b", text(1, 30) + text(3, 90)))
+        played.play()
+        assert played.cached("b") == (0 if cells is None else 30)
+
+    def test_a_short_beginning_does_not_cost_the_long_text_it_was_taken_of(self, cells: int | None) -> None:
+        played = table(kv_cells=cells, n_parallel=2)
+        talk = text(1, 300)
+        played.add(asked("a", talk))
+        played.play()
+        for number in range(4):
+            played.add(asked(f"b{number}", talk[:30] + text(3 + number, 90)), asked(f"c{number}", text(9 + number, 90)))
+            played.play()
+        played.add(asked("again", talk))
+        played.play()
+        assert played.cached("again") == len(talk) - 1
 
     def test_a_cancelled_prompt_is_not_lost(self, cells: int | None) -> None:
         played = table(kv_cells=cells)

@@ -13,7 +13,7 @@ from skulk.errors import RequestError
 from skulk.models.catalogue import Catalogue
 from skulk.models.config_json import card_from_config, is_vision_config, read_config, read_index
 from skulk.models.shelf import Shelf
-from skulk.node.storehouse import CatalogueFolders
+from skulk.node.storehouse import CatalogueFolders, other_addresses
 from skulk.settings import Settings
 from skulk.wire.model import ModelCard, ModelFile
 from tests.support.gguf import write_model
@@ -158,3 +158,9 @@ def test_other_programs_folders_are_looked_at_unless_told_not_to(tmp_path: Path,
     assert (len(found.models_path) > 1, found.ollama_dir == tmp_path / ".ollama" / "models") == (
         foreign_caches, foreign_caches
     )  # fmt: skip
+
+
+def test_a_node_serves_weights_on_every_host_that_its_routes_name() -> None:
+    routes = ("10.0.0.2:52416", "192.168.1.2:52416", "[fd00::2]:52416", "10.0.0.2:52417")
+    assert other_addresses("10.0.0.2:52500", routes) == ["192.168.1.2:52500", "[fd00::2]:52500"]
+    assert other_addresses("10.0.0.2:52500", ()) == []

@@ -17,7 +17,7 @@ from skulk.errors import SkulkError, StartError, UnavailableError
 from skulk.models.catalogue import Catalogue
 from skulk.node.identity import load_identity
 from skulk.node.measuring import MachineMeter
-from skulk.node.processes import BusAddress, LocalMachine
+from skulk.node.processes import SPINS_ALONE, SPINS_SHARED, BusAddress, LocalMachine, environment_of
 from skulk.node.storage import StateFile, load_state
 from skulk.settings import Settings
 from skulk.wire.model import ModelFile
@@ -134,6 +134,13 @@ def machine_of(home: Path, catalogue: Catalogue, **changes: Any) -> LocalMachine
 
 
 WANTED = Wanted(instance=instance(assigned=assignment()), assignment=assignment())
+
+
+@pytest.mark.parametrize(
+    ("n_threads", "runners", "spins"), [(0, 0, SPINS_ALONE), (0, 1, SPINS_SHARED), (8, 0, SPINS_SHARED)]
+)
+def test_only_threads_that_have_the_cores_to_themselves_wait_awake(n_threads: int, runners: int, spins: int) -> None:
+    assert environment_of(n_threads, runners)["GOMP_SPINCOUNT"] == str(spins)
 
 
 async def test_a_management_node_starts_nothing_that_an_old_state_gives_it(tmp_path: Path) -> None:
