@@ -82,7 +82,7 @@ async def test_the_real_model_at_every_token(tmp_path: Path, kind: str) -> None:
 
 
 async def killed_real(world: Replicas, index: int) -> tuple[tuple[int, ...], str]:
-    """The ids and the text of an answer during which the runner that gives it is killed, once ``index`` tokens have come."""
+    """Ids and text of an answer during which its runner is killed, once ``index`` tokens have come."""
     victim: list[str] = []
 
     async def kill() -> None:
