@@ -26,7 +26,9 @@ from skulk.gateway.cards import Cards
 from skulk.gateway.dispatch import Dispatcher
 from skulk.gateway.doors import DOORS, Doors, doors_middleware, read_keys
 from skulk.gateway.errors import error_middleware, name_request
+from skulk.gateway.instances import placeable
 from skulk.gateway.keys import BUS, CARDS, CLOCK, DISPATCHER, MASTERS, METRICS, REPLICA, SPEC
+from skulk.gateway.loading import Loads
 from skulk.gateway.masters import Masters
 from skulk.gateway.metrics import Metrics
 from skulk.gateway.routes import add_routes
@@ -34,6 +36,7 @@ from skulk.gateway.stores import STORES, Stores
 from skulk.models.catalogue import Catalogue
 from skulk.wire.beats import GatewayBeat
 from skulk.wire.gateway import GatewaySpec
+from skulk.wire.model import ModelCard
 
 log = logging.getLogger("skulk.gateway")
 
@@ -89,9 +92,13 @@ def build_app(spec: GatewaySpec, bus: Bus, catalogue: Catalogue, clock: Clock) -
     app[INBOX] = inbox
     app[CATALOGUE] = catalogue
     app[CARDS] = cards = Cards(replica, catalogue)
-    app[STORES] = Stores(bus, replica, spec.node_id, catalogue, cards)
-    app[MASTERS] = Masters(bus, replica, clock, spec.node_id)
-    app[DISPATCHER] = Dispatcher(bus, replica, inbox, clock, spec)
+    app[STORES] = stores = Stores(bus, replica, spec.node_id, catalogue, cards)
+    app[MASTERS] = masters = Masters(bus, replica, clock, spec.node_id)
+
+    async def card_of(model_id: str) -> ModelCard:
+        return placeable(await stores.known(model_id, param="model", may_ask_hub=spec.auto_place == "any"))
+
+    app[DISPATCHER] = Dispatcher(bus, replica, inbox, clock, spec, Loads(masters, replica, spec.auto_place, card_of))
     app[METRICS] = Metrics()
     app[DOORS] = Doors((spec.node_name, socket.gethostname()), spec.allowed_hosts, keys)
     app[FAULTS] = Faults()
