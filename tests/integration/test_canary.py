@@ -84,7 +84,8 @@ async def test_a_node_stops_offering_a_faulty_backend_until_it_is_forgiven(tmp_p
     told = tmp_path / "fault"
     tell(told, "")
     home = tmp_path / "home"
-    async with whole_node(home, "--place", MODEL, **faulty_environment(told)) as node:
+    faulty: dict[str, Any] = faulty_environment(told)
+    async with whole_node(home, "--place", MODEL, **faulty) as node:
         instance_id = await node.wait_ready()
         node_id = node.facts["node_id"]
         status, _ = await node.call("DELETE", f"/instance/{instance_id}")

@@ -8,19 +8,21 @@ nothing.
 import os
 import sys
 import time
+from typing import Any
 
 SLOW_S = 0.15
 
 
-def _wrap(fault):
+def _wrap(fault: str) -> None:
     import ctypes
+    import importlib
 
-    import llama_cpp.llama_cpp as lib
     import numpy as np
 
+    lib: Any = importlib.import_module("llama_cpp.llama_cpp")
     decode = lib.llama_decode
 
-    def faulty(context, batch):
+    def faulty(context: int, batch: Any) -> int:
         status = decode(context, batch)
         if fault == "slow":
             time.sleep(SLOW_S)
@@ -29,7 +31,8 @@ def _wrap(fault):
         for at in range(batch.n_tokens):
             if batch.logits[at]:
                 row = lib.llama_get_logits_ith(context, at)
-                scores = np.frombuffer((ctypes.c_float * size).from_address(ctypes.addressof(row.contents)), np.float32)
+                memory: Any = (ctypes.c_float * size).from_address(ctypes.addressof(row.contents))
+                scores = np.frombuffer(memory, np.float32)
                 scores[:] = {
                     "scramble": scores[::-1].copy(),
                     "nan": np.full(size, np.nan, np.float32),

@@ -14,6 +14,7 @@ from skulk.bus.subjects import RUNNER_STATUS
 from skulk.cluster.reconcile import wanted_of
 from skulk.errors import RequestError
 from skulk.node.hosting import Hosting, ProcessReport, lost_process
+from skulk.wire.base import ErrorBody
 from skulk.wire.beats import RunnerPhase, RunnerStatus
 from skulk.wire.state import ClusterState
 from tests.support.control_plane import FakeMachine
