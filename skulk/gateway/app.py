@@ -22,9 +22,11 @@ from skulk.bus.subjects import GATEWAY_BEAT
 from skulk.clock import Clock
 from skulk.cluster.liveness import GATEWAY_BEAT_S
 from skulk.errors import UnavailableError
+from skulk.gateway.asking import Asker, place_nothing
 from skulk.gateway.cards import Cards
 from skulk.gateway.dispatch import Dispatcher
 from skulk.gateway.doors import DOORS, Doors, doors_middleware, read_keys
+from skulk.gateway.embeddings import ASKER
 from skulk.gateway.errors import error_middleware, name_request
 from skulk.gateway.keys import BUS, CARDS, CLOCK, DISPATCHER, MASTERS, METRICS, REPLICA, SPEC
 from skulk.gateway.masters import Masters
@@ -92,6 +94,7 @@ def build_app(spec: GatewaySpec, bus: Bus, catalogue: Catalogue, clock: Clock) -
     app[STORES] = Stores(bus, replica, spec.node_id, catalogue, cards)
     app[MASTERS] = Masters(bus, replica, clock, spec.node_id)
     app[DISPATCHER] = Dispatcher(bus, replica, inbox, clock, spec)
+    app[ASKER] = Asker(bus, replica, clock, load_wait_s=spec.load_wait_s, place=place_nothing)
     app[METRICS] = Metrics()
     app[DOORS] = Doors((spec.node_name, socket.gethostname()), spec.allowed_hosts, keys)
     app[FAULTS] = Faults()
@@ -120,6 +123,7 @@ async def _collect(app: web.Application) -> AsyncIterator[None]:
 async def _dispatch(app: web.Application) -> AsyncIterator[None]:
     yield
     await app[DISPATCHER].close()
+    await app[ASKER].close()
 
 
 async def _beat(app: web.Application) -> AsyncIterator[None]:

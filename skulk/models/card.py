@@ -36,7 +36,8 @@ _NO_TEXT: Final = {
     "clip": "a projector (the vision or audio part of another model)",
     "t5encoder": "an encoder",
 }
-# Architectures that answer with vectors whatever their pooling says.
+# Architectures that answer with vectors whatever their pooling says, and keep no cache: all tokens of a text see each
+# other in one pass.
 _EMBEDDERS: Final = frozenset(
     {
         "bert",
@@ -154,7 +155,7 @@ def card_from_gguf(
         quantization=parse_file_name(name.rsplit("/", 1)[-1]).quantization or file_type,
         context_length=context_length,
         weights_bytes=sum(part.weights_bytes for part in headers),
-        kv_bytes_per_token=kv_bytes_per_token(header, architecture),
+        kv_bytes_per_token=0 if architecture in _EMBEDDERS else kv_bytes_per_token(header, architecture),
         recurrent_bytes=recurrent_bytes(header, architecture),
         layers=layers,
         embedding_length=header.get(f"{architecture}.embedding_length", int, 0),

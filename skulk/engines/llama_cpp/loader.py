@@ -9,9 +9,10 @@ import ctypes
 import hashlib
 import logging
 import os
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from skulk.engines.llama_cpp.devices import device_list
+from skulk.engines.llama_cpp.embedder import LlamaCppEmbedder, open_embedder
 from skulk.engines.llama_cpp.engine import LlamaCppEngine
 from skulk.engines.llama_cpp.failures import context_failure, load_failure
 from skulk.engines.llama_cpp.layout import Layout, kv_type_of, layout_of
@@ -33,12 +34,27 @@ _MAGIC: Final = b"GGUF"
 _FLASH_ATTENTION: Final = {"auto": -1, "off": 0, "on": 1}
 
 
-def load(spec: LoadSpec, progress: Progress) -> LlamaCppEngine:
+def load(spec: LoadSpec, progress: Progress) -> LlamaCppEngine | LlamaCppEmbedder:
     """See `skulk.engines.protocol.Loader`. Blocks for as long as the weights take to load."""
     kv_type = kv_type_of(spec.kv_type)
     _check_file(spec, progress)
     lib = library()
     model = _load_model(lib, spec, progress)
+    return _embedder(lib, model, spec, progress) if spec.embeds else _generator(lib, model, spec, kv_type, progress)
+
+
+def _embedder(lib: Any, model: int, spec: LoadSpec, progress: Progress) -> LlamaCppEmbedder:
+    architecture = metadata(lib, model, "general.architecture") or ""
+    has_pooling = (metadata(lib, model, f"{architecture}.pooling_type") or "0") != "0"
+    try:
+        engine = open_embedder(model, spec, architecture, has_pooling=has_pooling)
+    except BaseException:
+        lib.llama_model_free(model)
+        raise
+    return _ready(engine, progress)
+
+
+def _generator(lib: Any, model: int, spec: LoadSpec, kv_type: int, progress: Progress) -> LlamaCppEngine:
     context: int | None = None
     prompter: Prompter | None = None
     try:
@@ -69,7 +85,10 @@ def load(spec: LoadSpec, progress: Progress) -> LlamaCppEngine:
     return _ready(engine, progress)
 
 
-def _ready(engine: LlamaCppEngine, progress: Progress) -> LlamaCppEngine:
+E = TypeVar("E", LlamaCppEngine, LlamaCppEmbedder)
+
+
+def _ready(engine: E, progress: Progress) -> E:
     try:
         _go_on(progress)
         engine.warm_up()
