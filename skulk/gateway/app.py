@@ -22,7 +22,7 @@ from skulk.bus.subjects import GATEWAY_BEAT
 from skulk.clock import Clock
 from skulk.cluster.liveness import GATEWAY_BEAT_S
 from skulk.errors import UnavailableError
-from skulk.gateway.asking import Asker, place_nothing
+from skulk.gateway.questions import Asker, place_nothing
 from skulk.gateway.cards import Cards
 from skulk.gateway.dispatch import Dispatcher
 from skulk.gateway.doors import DOORS, Doors, doors_middleware, read_keys

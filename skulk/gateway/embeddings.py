@@ -12,7 +12,7 @@ from aiohttp import web
 from skulk.bus.subjects import RUNNER_DETOKENIZE, RUNNER_EMBED, RUNNER_TOKENIZE
 from skulk.cluster.view import ready_instances
 from skulk.errors import RequestError
-from skulk.gateway.asking import Asker, Question
+from skulk.gateway.questions import Asker, Question
 from skulk.gateway.bodies import read_as, read_object
 from skulk.gateway.generations import timeout_of
 from skulk.gateway.keys import CARDS, REPLICA, SPEC
