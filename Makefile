@@ -14,7 +14,7 @@ SEEDS ?= 2000
 UP    ?= --local --place $(MODEL) --greet
 
 .DEFAULT_GOAL := help
-.PHONY: help up setup dev test test-engine test-mesh lint format coverage fuzz lock clean python simulate simulate-mutants
+.PHONY: help up setup dev test test-engine test-failover test-mesh lint format coverage fuzz lock clean python simulate simulate-mutants
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,7 +35,10 @@ test-mesh: dev ## nodes as hosts of their own, with mDNS between them (Linux, as
 	$(BIN)/python -m pytest -q -rs tests/mesh
 
 test-engine: dev ## compare the engine's answers with and without reuse on the whole model (minutes; no part of `test`)
-	@$(BIN)/python -m pytest -q tests/exhaustive
+	@$(BIN)/python -m pytest -q tests/exhaustive/test_engine_whole.py
+
+test-failover: dev ## kill a runner, and a node, at every token of an answer, real model included (half an hour; no part of `test`)
+	@$(BIN)/python -m pytest -q tests/exhaustive/test_failover_whole.py
 
 lint: dev ## check style, format, types, imports and tidiness
 	$(BIN)/ruff check

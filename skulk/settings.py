@@ -35,7 +35,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         memory_limit_bytes: the most that models may take here; 0: no limit but the memory.
         max_body_bytes: largest HTTP body.
         load_wait_s: longest wait of a request for a loading instance.
-        request_timeout_s: deadline of a request that names none.
+        failover: a stream whose runner is lost goes on at another one.
+        request_timeout_s: deadline of a request, by default and at most.
+        idle_ttl_s: after so long without a request a model that was placed on demand is unloaded.
+        auto_place: what a request may place on demand.
         backends: declared computes of llama.cpp; empty: detect.
         threads: of llama.cpp; 0: physical cores.
         gpu_layers: -1: all.
@@ -79,6 +82,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     memory_limit_bytes: int = 0
     max_body_bytes: int = 64 * 1024 * 1024
     load_wait_s: float = 60.0
+    failover: bool = True
     request_timeout_s: float = 600.0
     step_timeout_s: float = 120.0
     idle_ttl_s: float = 600.0

@@ -255,8 +255,13 @@ OPTIONS: Final[tuple[Option, ...]] = (
         "auto_place",
         "SKULK_AUTO_PLACE",
         choice("cached", "any", "off"),
-        "which models a request may place on demand (default: cached)",
-        unserved="requests place no model on demand yet",
+        "which models a request may place on demand: what lies on a node, what the hub has too, none (default: cached)",
+    ),
+    _option(
+        "failover",
+        "SKULK_FAILOVER",
+        SWITCH,
+        "whether a stream whose runner is lost goes on at another one (default: yes)",
     ),
     _option(
         "backends",

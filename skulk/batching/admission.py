@@ -13,7 +13,7 @@ from typing import Final, Literal
 import msgspec
 
 from skulk.batching.ranges import check_sampling
-from skulk.batching.requests import BatchRequest, RequestKey
+from skulk.batching.requests import BatchRequest, Lane, RequestKey
 from skulk.errors import RequestError, UnavailableError
 from skulk.wire.generation import ChatPrompt, Generate, InfillPrompt, TextPrompt, TokenPrompt
 
@@ -67,6 +67,11 @@ class BatchShape(msgspec.Struct, frozen=True, kw_only=True):
         """Sequences that may be open at once, running and waiting."""
         return self.n_parallel + self.max_waiting
 
+    @property
+    def max_resumed(self) -> int:
+        """Sequences that may be open when a resumed answer comes: it has a client who has read half of it."""
+        return self.max_open + self.n_parallel
+
     def parked_size(self, count: int) -> int:
         """Bytes of host memory that the state of ``count`` tokens takes."""
         return self.state_bytes + count * self.token_bytes
@@ -103,23 +108,24 @@ def check_fields(generate: Generate, shape: BatchShape) -> None:
     _check_prompt(generate, shape)
 
 
-def check_room(shape: BatchShape, *, open_sequences: int, n: int, request_s: float) -> None:
+def check_room(shape: BatchShape, *, open_sequences: int, n: int, request_s: float, is_resumed: bool = False) -> None:
     """Refuses what the waiting queue has no room for.
 
     ``open_sequences``: running and waiting ones; ``request_s``: seconds that one took lately from its slot to its
-    end, 0 while unknown.
+    end, 0 while unknown; ``is_resumed``: another runner lost it, so it may go beyond the bound, up to a second one.
 
     Raises:
         UnavailableError: ``overloaded``, with a time after which room is likely.
     """
-    if open_sequences + n <= shape.max_open:
+    most = shape.max_resumed if is_resumed else shape.max_open
+    if open_sequences + n <= most:
         return
     waiting = max(0, open_sequences - shape.n_parallel)
     turns = (waiting + n) / shape.n_parallel
     retry_after_s = min(max(math.ceil(turns * request_s / 2), _RETRY_MIN_S), _RETRY_MAX_S)
     raise UnavailableError(
         "overloaded",
-        f"{open_sequences} sequences run or wait here and {shape.max_open} are the most; "
+        f"{open_sequences} sequences run or wait here and {most} are the most; "
         f"try again in {retry_after_s:.0f} s, or place another replica of the model",
         retry_after_s=retry_after_s,
     )
@@ -144,8 +150,9 @@ def admit(
     _require(bool(prompt), "prompt", "the prompt is empty; send at least one token of text")
     count = len(prompt)
     wanted = generate.limits.max_tokens
-    emitted = generate.resume.emitted_tokens if generate.resume is not None else ()
-    least = max(1, len(emitted))
+    resume = generate.resume
+    emitted = resume.emitted_tokens if resume is not None else ()
+    least = max(1, *(len(choice.emitted_tokens) for choice in resume.choices)) if resume is not None else 1
     if count + least > shape.n_ctx:
         raise RequestError(
             "context_length_exceeded",
@@ -170,11 +177,19 @@ def admit(
         ignore_eos=generate.limits.ignore_eos,
         n=generate.n,
         emitted=emitted,
-        sent_characters=generate.resume.sent_characters if generate.resume is not None else 0,
+        sent_characters=resume.sent_characters if resume is not None else 0,
+        others=resume.others if resume is not None else (),
+        lane=_lane(generate),
         border=border,
         arrived_at=arrived_at,
         deadline=arrived_at + timeout_s,
     )
+
+
+def _lane(generate: Generate) -> Lane:
+    if generate.resume is not None:
+        return -1
+    return 0 if generate.priority == "interactive" else 1
 
 
 def _check_ids(tokens: tuple[int, ...], param: str, shape: BatchShape) -> None:
@@ -200,10 +215,16 @@ def _check_prompt(generate: Generate, shape: BatchShape) -> None:
             pass
     if generate.resume is not None:
         _check_ids(generate.resume.prompt_tokens, "resume", shape)
-        _check_ids(generate.resume.emitted_tokens, "resume", shape)
-        _require(generate.n == 1, "n", f"n is {generate.n}; only a request with one choice can be resumed")
-        sent = generate.resume.sent_characters
-        _require(sent >= 0, "resume", f"sent_characters is {sent}; send 0 or more")
+        choices = generate.resume.choices
+        _require(
+            len(choices) == generate.n,
+            "resume",
+            f"it tells of {len(choices)} choices and n is {generate.n}; tell of all",
+        )
+        for choice in choices:
+            _check_ids(choice.emitted_tokens, "resume", shape)
+            sent = choice.sent_characters
+            _require(sent >= 0, "resume", f"sent_characters is {sent}; send 0 or more")
 
 
 def _require(condition: bool, param: str, detail: str) -> None:  # noqa: FBT001 - reads as an assertion does

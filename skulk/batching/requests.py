@@ -9,13 +9,18 @@ A fresh prompt, a resumed answer and cells found in another slot differ only in 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import msgspec
 
 from skulk.batching.cells import NO_CELLS, Cells
 from skulk.batching.tokens import TokenLog
-from skulk.wire.generation import FinishReason, Sampling, StreamEnd, StreamPhase
+from skulk.wire.generation import FinishReason, ResumedChoice, Sampling, StreamEnd, StreamPhase
+
+Lane = Literal[-1, 0, 1]
+"""Who gets a slot first: resumed answers (-1), interactive requests (0), batch requests (1)."""
+LANE_WIDTH: Final = 2**40
+"""More than any runner takes in its life, so that the places of two lanes never meet."""
 
 
 class RequestKey(NamedTuple):
@@ -31,8 +36,10 @@ class BatchRequest(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         prompt: ids, at least one.
         max_tokens: of each choice, end token included; it fits the window.
-        emitted: ids that another runner drew; they count as drawn here.
-        sent_characters: of the answer's text, sent by that runner.
+        emitted: ids of choice 0 that another runner drew; they count as drawn here.
+        sent_characters: of the text of choice 0, sent by that runner.
+        others: the same of the choices from 1 on; missing ones were not begun.
+        lane: who is served first; within a lane the order of arrival counts.
         border: where its last turn begins, tokens; worth keeping a state of, where states can't be cut. 0: unknown.
         deadline: when the request ends with ``deadline_exceeded``.
     """
@@ -46,9 +53,18 @@ class BatchRequest(msgspec.Struct, frozen=True, kw_only=True):
     n: int = 1
     emitted: tuple[int, ...] = ()
     sent_characters: int = 0
+    others: tuple[ResumedChoice, ...] = ()
+    lane: Lane = 0
     border: int = 0
     arrived_at: float
     deadline: float
+
+    @property
+    def begun(self) -> tuple[ResumedChoice, ...]:
+        """What was drawn before, of each choice."""
+        first = ResumedChoice(emitted_tokens=self.emitted, sent_characters=self.sent_characters)
+        missing = (ResumedChoice(),) * (self.n - 1 - len(self.others))
+        return (first, *self.others, *missing)
 
     @property
     def cells(self) -> int:
@@ -61,7 +77,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         slot: where it is computed; -1 while it waits.
-        order: its place in the order of arrival; it keeps it when it is parked.
+        order: its place in the order of arrival, lane by lane; it keeps it when it is parked.
         drawn: the answer's ids so far.
         computed: tokens, from the prompt's first on, whose cells are filled.
         cached: tokens of the prompt that were taken over at its start instead of computed.

@@ -14,35 +14,40 @@ import msgspec
 
 from skulk.batching.answer import Vocabulary, draw
 from skulk.batching.operations import End, Forget, Keep, Operation
-from skulk.batching.requests import BatchRequest, Emitted, Ended, RequestKey, Sequence
+from skulk.batching.requests import LANE_WIDTH, BatchRequest, Emitted, Ended, Output, RequestKey, Sequence
 from skulk.batching.state import MIN_REUSE, BatchState, Changed, Idle
 from skulk.batching.tokens import TokenLog
 from skulk.wire.base import ErrorBody
-from skulk.wire.generation import FinishReason, StreamEnd, Timings, Usage
+from skulk.wire.generation import FinishReason, ResumedChoice, StreamEnd, Timings, Usage
 
 
 def add(state: BatchState, request: BatchRequest, vocabulary: Vocabulary, now: float) -> Changed:
-    """Puts a request's choices at the end of the waiting queue; `check_room` came before.
+    """Puts a request's choices at the end of their lane of the waiting queue; `check_room` came before.
 
-    A resumed answer is read again first, from its ids: it goes on where it was, or it had ended already.
+    A resumed answer is read again first, from its ids: each choice goes on where it was, or it had ended already.
     """
-    assert len(state.waiting) + request.n <= state.shape.max_open, "admitted without room"
+    assert len(state.waiting) + request.n <= state.shape.max_resumed, "admitted without room"
     assert request.cells <= state.shape.n_ctx, "admitted beyond the window"
-    order = state.next_id
-    if not request.emitted:
-        fresh = tuple(Sequence(request=request, choice=choice, order=order + choice) for choice in range(request.n))
-        return Changed(_queued(state, fresh))
-    sequence, text, finish_reason = _replayed(request, vocabulary)
-    told = (
-        (Emitted(key=request.key, choice=0, text=text, finish_reason=finish_reason),) if text or finish_reason else ()
+    order = state.next_id + request.lane * LANE_WIDTH
+    fresh: list[Sequence] = []
+    closed: list[Sequence] = []
+    told: list[Output] = []
+    reason: FinishReason | None = None
+    for choice, begun in enumerate(request.begun):
+        sequence, text, finish_reason = _replayed(request, choice, begun, vocabulary)
+        sequence = msgspec.structs.replace(sequence, order=order + choice)
+        if text or finish_reason is not None:
+            told.append(Emitted(key=request.key, choice=choice, text=text, finish_reason=finish_reason))
+        (fresh if finish_reason is None else closed).append(sequence)
+        reason = finish_reason or reason
+    if not fresh:
+        assert reason is not None, "a request has a choice"
+        return Changed(state, (*told, _ended(tuple(closed), now, reason, None)))
+    waiting = sorted((*state.waiting, *fresh), key=lambda sequence: sequence.order)
+    after = msgspec.structs.replace(
+        state, waiting=tuple(waiting), closed=(*state.closed, *closed), next_id=state.next_id + request.n
     )
-    if finish_reason is not None:
-        return Changed(state, (*told, _ended((sequence,), now, finish_reason, None)))
-    return Changed(_queued(state, (msgspec.structs.replace(sequence, order=order),)), told)
-
-
-def _queued(state: BatchState, fresh: tuple[Sequence, ...]) -> BatchState:
-    return msgspec.structs.replace(state, waiting=(*state.waiting, *fresh), next_id=state.next_id + len(fresh))
+    return Changed(after, tuple(told))
 
 
 def end_request(
@@ -142,7 +147,8 @@ def _ended(family: tuple[Sequence, ...], now: float, reason: FinishReason, error
     )
     prefill_s, decode_s = max(0.0, first - started), max(0.0, now - first)
     # The first token of a choice comes with its prompt.
-    later = sum(max(0, len(seq.drawn) - len(request.emitted) - 1) for seq in family)
+    begun = request.begun
+    later = sum(max(0, len(seq.drawn) - len(begun[seq.choice].emitted_tokens) - 1) for seq in family)
     timings = Timings(
         queue_s=max(0.0, started - request.arrived_at),
         prefill_s=prefill_s,
@@ -157,11 +163,13 @@ def _rate(tokens: int, elapsed_s: float) -> float:
     return round(tokens / elapsed_s, 3) if elapsed_s > 0.0 else 0.0
 
 
-def _replayed(request: BatchRequest, vocabulary: Vocabulary) -> tuple[Sequence, str, FinishReason | None]:
+def _replayed(
+    request: BatchRequest, choice: int, begun: ResumedChoice, vocabulary: Vocabulary
+) -> tuple[Sequence, str, FinishReason | None]:
     """The sequence after its emitted ids, the text of them that wasn't sent, and why it had ended, if it had."""
-    sequence = Sequence(request=request, drawn=TokenLog(), skip=request.sent_characters)
+    sequence = Sequence(request=request, choice=choice, drawn=TokenLog(), skip=begun.sent_characters)
     parts: list[str] = []
-    for token in request.emitted:
+    for token in begun.emitted_tokens:
         sequence, text, finish_reason = draw(sequence, token, vocabulary)
         parts.append(text)
         if finish_reason is not None:

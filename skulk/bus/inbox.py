@@ -63,6 +63,7 @@ class StreamReader:
         self.runner_id = runner_id
         self.sequence = StreamSequence()
         self.is_overrun = False
+        self.is_closed = False
         self.healing: asyncio.Task[None] | None = None
         self.state: StreamState | None = None
         self.counted_from: float | None = None
@@ -98,6 +99,7 @@ class StreamReader:
 
     async def close(self) -> None:
         """Releases it; the gateway cancels the request itself, where it still runs."""
+        self.is_closed = True
         self._inbox.release(self)
         healing = self.healing
         if healing is not None and healing is not asyncio.current_task():

@@ -400,6 +400,8 @@ class _Launcher:
             offline=settings.offline,
             max_body_bytes=settings.max_body_bytes,
             load_wait_s=settings.load_wait_s,
+            auto_place=settings.auto_place,
+            failover=settings.failover,
             request_timeout_s=settings.request_timeout_s,
             api_keys=settings.api_keys,
             allowed_hosts=settings.allowed_hosts,

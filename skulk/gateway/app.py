@@ -22,20 +22,23 @@ from skulk.bus.subjects import GATEWAY_BEAT
 from skulk.clock import Clock
 from skulk.cluster.liveness import GATEWAY_BEAT_S
 from skulk.errors import UnavailableError
-from skulk.gateway.questions import Asker, place_nothing
 from skulk.gateway.cards import Cards
 from skulk.gateway.dispatch import Dispatcher
 from skulk.gateway.doors import DOORS, Doors, doors_middleware, read_keys
 from skulk.gateway.embeddings import ASKER
 from skulk.gateway.errors import error_middleware, name_request
+from skulk.gateway.instances import placeable
 from skulk.gateway.keys import BUS, CARDS, CLOCK, DISPATCHER, MASTERS, METRICS, REPLICA, SPEC
+from skulk.gateway.loading import Loads
 from skulk.gateway.masters import Masters
 from skulk.gateway.metrics import Metrics
+from skulk.gateway.questions import Asker
 from skulk.gateway.routes import add_routes
 from skulk.gateway.stores import STORES, Stores
 from skulk.models.catalogue import Catalogue
 from skulk.wire.beats import GatewayBeat
 from skulk.wire.gateway import GatewaySpec
+from skulk.wire.model import ModelCard
 
 log = logging.getLogger("skulk.gateway")
 
@@ -91,10 +94,15 @@ def build_app(spec: GatewaySpec, bus: Bus, catalogue: Catalogue, clock: Clock) -
     app[INBOX] = inbox
     app[CATALOGUE] = catalogue
     app[CARDS] = cards = Cards(replica, catalogue)
-    app[STORES] = Stores(bus, replica, spec.node_id, catalogue, cards)
-    app[MASTERS] = Masters(bus, replica, clock, spec.node_id)
-    app[DISPATCHER] = Dispatcher(bus, replica, inbox, clock, spec)
-    app[ASKER] = Asker(bus, replica, clock, load_wait_s=spec.load_wait_s, place=place_nothing)
+    app[STORES] = stores = Stores(bus, replica, spec.node_id, catalogue, cards)
+    app[MASTERS] = masters = Masters(bus, replica, clock, spec.node_id)
+
+    async def card_of(model_id: str) -> ModelCard:
+        return placeable(await stores.known(model_id, param="model", may_ask_hub=spec.auto_place == "any"))
+
+    loads = Loads(masters, replica, spec.auto_place, card_of)
+    app[DISPATCHER] = Dispatcher(bus, replica, inbox, clock, spec, loads)
+    app[ASKER] = Asker(bus, replica, clock, load_wait_s=spec.load_wait_s, place=loads.place)
     app[METRICS] = Metrics()
     app[DOORS] = Doors((spec.node_name, socket.gethostname()), spec.allowed_hosts, keys)
     app[FAULTS] = Faults()

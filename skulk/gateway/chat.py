@@ -8,21 +8,23 @@ from aiohttp import web
 
 from skulk.errors import RequestError
 from skulk.gateway.bodies import read_object
+from skulk.gateway.cards import KnownModel
 from skulk.gateway.generations import generate
-from skulk.gateway.keys import CARDS
+from skulk.gateway.keys import CARDS, SPEC
 from skulk.gateway.openai.answers import ChatAnswer, TextAnswer
 from skulk.gateway.openai.requests import Asked, model_of, read_chat, read_completion
+from skulk.gateway.stores import STORES
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """``POST /v1/chat/completions``."""
-    asked = _read_chat(request, await read_object(request))
+    asked = await _read_chat(request, await read_object(request))
     return await generate(request, asked, ChatAnswer)
 
 
 async def bench_chat_completions(request: web.Request) -> web.StreamResponse:
     """``POST /bench/chat/completions``: the same, whole, with ``generation_stats``."""
-    asked = _read_chat(request, await read_object(request))
+    asked = await _read_chat(request, await read_object(request))
     if asked.stream:
         raise RequestError("invalid_request", "this call doesn't stream; send stream: false", param="stream")
     return await generate(request, asked, ChatAnswer, with_stats=True)
@@ -31,10 +33,22 @@ async def bench_chat_completions(request: web.Request) -> web.StreamResponse:
 async def completions(request: web.Request) -> web.StreamResponse:
     """``POST /v1/completions``."""
     body = await read_object(request)
-    known = request.app[CARDS].need(model_of(body))
+    known = await known_model(request, model_of(body))
     return await generate(request, read_completion(body, known.card), TextAnswer)
 
 
-def _read_chat(request: web.Request, body: dict[str, Any]) -> Asked:
-    known = request.app[CARDS].need(model_of(body))
+async def known_model(request: web.Request, model_id: str) -> KnownModel:
+    """A model that a request may name: placed, or one that may be placed on demand.
+
+    Raises:
+        RequestError: ``model_not_found``.
+    """
+    auto_place = request.app[SPEC].auto_place
+    if auto_place == "off":
+        return request.app[CARDS].need(model_id)
+    return await request.app[STORES].known(model_id, param="model", may_ask_hub=auto_place == "any")
+
+
+async def _read_chat(request: web.Request, body: dict[str, Any]) -> Asked:
+    known = await known_model(request, model_of(body))
     return read_chat(body, known.card)

@@ -12,10 +12,10 @@ from aiohttp import web
 from skulk.bus.subjects import RUNNER_DETOKENIZE, RUNNER_EMBED, RUNNER_TOKENIZE
 from skulk.cluster.view import ready_instances
 from skulk.errors import RequestError
-from skulk.gateway.questions import Asker, Question
 from skulk.gateway.bodies import read_as, read_object
+from skulk.gateway.chat import known_model
 from skulk.gateway.generations import timeout_of
-from skulk.gateway.keys import CARDS, REPLICA, SPEC
+from skulk.gateway.keys import REPLICA, SPEC
 from skulk.gateway.openai.embeddings import (
     DETOKENIZE_FIELDS,
     EMBEDDING_FIELDS,
@@ -29,6 +29,7 @@ from skulk.gateway.openai.embeddings import (
 )
 from skulk.gateway.openai.fields import sort_fields
 from skulk.gateway.openai.requests import model_of
+from skulk.gateway.questions import Asker, Question
 from skulk.gateway.replies import json_response
 from skulk.ids import new_id
 from skulk.wire.embedding import Detokenize, Embed, Embedded, EmbedInput, RankPair, Tokenize, Tokenized
@@ -42,7 +43,7 @@ async def embeddings(request: web.Request) -> web.Response:
     """``POST /v1/embeddings``."""
     body = await read_object(request)
     fields = sort_fields(body, EMBEDDING_FIELDS)
-    card = _embedder(request, body)
+    card = await _embedder(request, body)
     asked = read_as(fields.honoured, EmbeddingRequest)
     answer = await _embed(request, card, inputs_of(asked.input))
     as_base64 = asked.encoding_format == "base64"
@@ -58,7 +59,7 @@ async def rerank(request: web.Request) -> web.Response:
     """``POST /v1/rerank``: documents by their score for a query, the best first."""
     body = await read_object(request)
     fields = sort_fields(body, RERANK_FIELDS)
-    card = _embedder(request, body)
+    card = await _embedder(request, body)
     asked = read_as(fields.honoured, RerankRequest)
     documents = [one if isinstance(one, str) else one.text for one in asked.documents]
     pairs = tuple(RankPair(query=asked.query, document=document) for document in documents)
@@ -78,7 +79,9 @@ async def tokenize(request: web.Request) -> web.Response:
     asked = read_as(sort_fields(body, TOKENIZE_FIELDS).honoured, TokenizeRequest)
     message = Tokenize(text=asked.content, add_special=asked.add_special, parse_special=asked.parse_special)
     told: Tokenized = await _ask(
-        request, Question(endpoint=RUNNER_TOKENIZE, message=message, model_id=_any_model(request, asked.model)), QUICK_S
+        request,
+        Question(endpoint=RUNNER_TOKENIZE, message=message, model_id=await _any_model(request, asked.model)),
+        QUICK_S,
     )
     if not asked.with_pieces:
         return json_response({"tokens": told.tokens})
@@ -93,7 +96,7 @@ async def detokenize(request: web.Request) -> web.Response:
     message = Detokenize(tokens=tuple(asked.tokens))
     told = await _ask(
         request,
-        Question(endpoint=RUNNER_DETOKENIZE, message=message, model_id=_any_model(request, asked.model)),
+        Question(endpoint=RUNNER_DETOKENIZE, message=message, model_id=await _any_model(request, asked.model)),
         QUICK_S,
     )
     return json_response({"content": told.text})
@@ -111,8 +114,8 @@ async def _ask(request: web.Request, question: Question, timeout_s: float) -> An
     return await request.app[ASKER].ask(question, timeout_s)
 
 
-def _embedder(request: web.Request, body: dict[str, Any]) -> ModelCard:
-    card = request.app[CARDS].need(model_of(body)).card
+async def _embedder(request: web.Request, body: dict[str, Any]) -> ModelCard:
+    card = (await known_model(request, model_of(body))).card
     if not card.embeds:
         raise RequestError(
             "invalid_request",
@@ -122,10 +125,10 @@ def _embedder(request: web.Request, body: dict[str, Any]) -> ModelCard:
     return card
 
 
-def _any_model(request: web.Request, named: str | None) -> str:
+async def _any_model(request: web.Request, named: str | None) -> str:
     """The model that was named; without a name the only one that is ready."""
     if named is not None:
-        return request.app[CARDS].need(named).card.model_id
+        return (await known_model(request, named)).card.model_id
     view = request.app[REPLICA].view
     models = {one.model_id for one in view.state.instances.values() if ready_instances(view, one.model_id)}
     if len(models) != 1:

@@ -20,9 +20,11 @@ from typing import Final
 import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
+from msgspec import UNSET, UnsetType
 
 from skulk.errors import RequestError, ServiceError, SkulkError
 from skulk.gateway.keys import METRICS, REQUEST_ID, SPEC
+from skulk.gateway.waiting import Loading, LoadingError
 from skulk.ids import new_id
 from skulk.units import format_bytes
 from skulk.wire.base import encode
@@ -44,16 +46,18 @@ class ErrorObject(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Envelope(msgspec.Struct, frozen=True, kw_only=True):
-    """An error as clients read it, in bodies and inside streams."""
+    """An error as clients read it, in bodies and inside streams. ``loading``: of a model that isn't ready yet."""
 
     error: ErrorObject
+    loading: Loading | UnsetType = UNSET
 
 
 def envelope_of(error: SkulkError) -> Envelope:
     """The envelope that tells ``error``."""
     status = error.http_status
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return Envelope(error=ErrorObject(message=error.detail, type=kind, param=error.param, code=error.code))
+    told = ErrorObject(message=error.detail, type=kind, param=error.param, code=error.code)
+    return Envelope(error=told, loading=error.loading if isinstance(error, LoadingError) else UNSET)
 
 
 def error_response(error: SkulkError) -> web.Response:

@@ -22,13 +22,14 @@ from msgspec import UNSET, UnsetType
 
 from skulk.errors import RequestError, ServiceError, SkulkError
 from skulk.gateway import sse
+from skulk.gateway.doors import KEY_NAME
 from skulk.gateway.errors import envelope_of, internal_error
 from skulk.gateway.keys import CLOCK, DISPATCHER, METRICS, REPLICA, REQUEST_ID, SPEC
 from skulk.gateway.openai.answers import Answer, Bytes, Head, Part, Stats, grow
 from skulk.gateway.openai.requests import Asked
 from skulk.gateway.run import Run
 from skulk.wire.base import encode
-from skulk.wire.generation import Chunk, StreamEnd
+from skulk.wire.generation import Chunk, Priority, StreamEnd, Timings
 
 log = logging.getLogger("skulk.gateway")
 
@@ -46,7 +47,10 @@ async def generate(
         SkulkError: it was refused or failed before anything was sent.
     """
     timeout_s = timeout_of(request, request.app[SPEC].request_timeout_s)
-    async with request.app[DISPATCHER].begin(asked.generation, timeout_s) as run:
+    generation = msgspec.structs.replace(
+        asked.generation, priority=priority_of(request), key=request.get(KEY_NAME) or ""
+    )
+    async with request.app[DISPATCHER].begin(generation, timeout_s) as run:
         head = Head(
             request_id=run.request_id,
             created=int(request.app[CLOCK].wall()),
@@ -84,6 +88,23 @@ def timeout_of(request: web.Request, most_s: float) -> float:
     return min(timeout_s, most_s)
 
 
+def priority_of(request: web.Request) -> Priority:
+    """How urgent a request is: ``X-Skulk-Priority``.
+
+    Raises:
+        RequestError: ``invalid_request``.
+    """
+    match request.headers.get("X-Skulk-Priority", "interactive").lower():
+        case "interactive":
+            return "interactive"
+        case "batch":
+            return "batch"
+        case _:
+            raise RequestError(
+                "invalid_request", "X-Skulk-Priority must be interactive or batch", param="X-Skulk-Priority"
+            )
+
+
 async def _collect(request: web.Request, run: Run, n: int) -> tuple[list[Part], StreamEnd]:
     parts = [Part(text=[]) for _ in range(n)]
     while run.end is None:
@@ -96,6 +117,7 @@ async def _collect(request: web.Request, run: Run, n: int) -> tuple[list[Part], 
 
 async def _stream(request: web.Request, run: Run, answer: Answer, headers: dict[str, str]) -> web.StreamResponse:
     response = await sse.open_stream(request, headers)
+    run.is_answered = True
     metrics = request.app[METRICS]
     metrics.streams += 1
     try:
@@ -122,6 +144,8 @@ async def _send_events(request: web.Request, response: web.StreamResponse, run: 
         request.app[METRICS].chunks += len(chunks)
         events = _joined(chunks, answer) if chunks else sse.KEEP_ALIVE
         if events:
+            # what is on its way to the client counts as read
+            run.has_sent = run.has_sent or bool(chunks)
             await _write(response, run, events)
     _count_end(request, run.end)
     _raise_failure(run.end)
@@ -181,13 +205,20 @@ def stats_of(request: web.Request, run: Run, end: StreamEnd) -> Stats:
     generated = 0 if usage is None else usage.completion_tokens
     return Stats(
         prompt_tps=_rate(computed, 0.0 if timings is None else timings.prefill_s),
-        generation_tps=_rate(generated, 0.0 if timings is None else timings.decode_s),
+        generation_tps=_generation_tps(run, generated, timings),
         prompt_tokens=prompt if usage is None else usage.prompt_tokens,
         generation_tokens=generated,
         peak_memory_usage=Bytes(in_bytes=status.memory_bytes),
         serving_batches=in_flight + 1,
         in_flight_at_admission=in_flight,
     )
+
+
+def _generation_tps(run: Run, generated: int, timings: Timings | None) -> float:
+    """Of the runner that ended it, where others had a part in it: each has a clock of its own."""
+    if timings is None:
+        return 0.0
+    return round(timings.decode_tps, 2) if run.resumptions else _rate(generated, timings.decode_s)
 
 
 def _rate(tokens: int, seconds: float) -> float:

@@ -56,7 +56,7 @@ async def place_instance(request: web.Request) -> web.Response:
     sent = read_as(await read_object(request), PlaceRequest)
     known = await request.app[STORES].known(sent.model_id, param="model_id")
     wanted = PlacementRequest(
-        card=_placeable(known),
+        card=placeable(known),
         sharding=sent.sharding,
         instance_meta=sent.instance_meta,
         min_nodes=_one_node(sent.min_nodes),
@@ -84,7 +84,7 @@ async def create_instance(request: web.Request) -> web.Response:
             "invalid_request", f"instanceId must be 1 to {MAX_ID} of a-z, 0-9, _ and -", param="instance.instanceId"
         )
     known = await request.app[STORES].known(model_id, param="instance.shardAssignments.modelId")
-    wanted = PlacementRequest(card=_placeable(known), node_ids=(node_id,))
+    wanted = PlacementRequest(card=placeable(known), node_ids=(node_id,))
     return await _place(request, PlaceModel(command_id=new_id(), request=wanted, instance_id=instance_id))
 
 
@@ -151,7 +151,7 @@ async def _preview(request: web.Request) -> tuple[PlacementRequest, PlacementDec
     query = request.query
     known = await request.app[STORES].known(needed(request, "model_id"), param="model_id")
     wanted = PlacementRequest(
-        card=_placeable(known),
+        card=placeable(known),
         min_nodes=_one_node(whole_number(request, "min_nodes", 1, low=1, high=MAX_NODES)),
         excluded_nodes=tuple(query.getall("excluded_node_ids", []))[:MAX_NODES],
         node_ids=tuple(query.getall("node_ids", []))[:MAX_NODES],
@@ -177,7 +177,7 @@ def _instance(request: web.Request) -> Instance:
     return found
 
 
-def _placeable(known: KnownModel) -> ModelCard:
+def placeable(known: KnownModel) -> ModelCard:
     """The card to place; files that are broken here don't matter where another node holds whole ones."""
     if known.problem and known.state == "available":
         raise RequestError("model_file_invalid", known.problem, param="model_id")

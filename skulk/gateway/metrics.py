@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
@@ -45,7 +45,9 @@ class Metrics:
         method = request.method if request.method in _METHODS else "other"
         self.requests[route, method, status] += 1
 
-    def text(self, bus: BusCounters, *, streams_open: int, waiting: int) -> str:
+    def text(
+        self, bus: BusCounters, *, streams_open: int, waiting: int, queued: int, failovers: Mapping[str, int]
+    ) -> str:
         """Everything in Prometheus' text format."""
         lines: list[str] = ["# TYPE skulk_http_requests_total counter"]
         lines += [
@@ -56,10 +58,15 @@ class Metrics:
         lines += [
             f'skulk_stream_errors_total{{code="{code}"}} {count}' for code, count in sorted(self.stream_errors.items())
         ]
+        lines.append("# TYPE skulk_failovers_total counter")
+        lines += [
+            f'skulk_failovers_total{{outcome="{outcome}"}} {count}' for outcome, count in sorted(failovers.items())
+        ]
         gauges = {
             "http_requests_open": self.open_requests,
             "streams_open": streams_open,
             "requests_waiting_for_load": waiting,
+            "requests_queued": queued,
         }
         totals = {
             "streams_total": self.streams,

@@ -97,7 +97,11 @@ async def metrics(request: web.Request) -> web.Response:
     """``GET /metrics``: for Prometheus."""
     dispatcher = request.app[DISPATCHER]
     text = request.app[METRICS].text(
-        request.app[BUS].counters, streams_open=dispatcher.open_runs, waiting=dispatcher.waiting
+        request.app[BUS].counters,
+        streams_open=dispatcher.open_runs,
+        waiting=dispatcher.waiting,
+        queued=dispatcher.queued,
+        failovers=dispatcher.failovers,
     )
     return web.Response(body=text.encode(), headers={"Content-Type": CONTENT_TYPE})
 

@@ -154,15 +154,6 @@ class Asker:
             raise why_not_ready(view, instances) if instances else not_placed(model_id)
 
 
-async def place_nothing(model_id: str) -> None:
-    """Where nothing is placed on demand.
-
-    Raises:
-        RequestError: ``model_not_placed``, with the call to make.
-    """
-    raise not_placed(model_id)
-
-
 def _is_decided(view: ClusterView, model_id: str) -> bool:
     """Whether waiting is over: one is ready, or none can become so."""
     phases = {phase_of(view, instance) for instance in instances_of(view, model_id)}

@@ -95,8 +95,8 @@ class Stores:
             card = await self._bus.request(STORE_RESOLVE, question, timeout_s=LIST_WAIT_S, node=node_id)
             self._elsewhere[held] = card
 
-    async def known(self, model_id: str, *, param: str) -> KnownModel:
-        """A model by its id: placed, in the catalogue, on another node's disk, or else on the hub.
+    async def known(self, model_id: str, *, param: str, may_ask_hub: bool = True) -> KnownModel:
+        """A model by its id: placed, in the catalogue, on another node's disk, or else, where that may be, on the hub.
 
         Raises:
             RequestError: ``model_not_found`` with the call that searches; what the hub says of it.
@@ -110,7 +110,7 @@ class Stores:
             unknown = error
         if (held := await self._held_elsewhere(model_id)) is not None:
             return held
-        if not is_reference(model_id) or not self._hub_nodes():
+        if not may_ask_hub or not is_reference(model_id) or not self._hub_nodes():
             raise unknown
         try:
             card = await self.resolve(model_id)

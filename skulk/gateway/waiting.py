@@ -1,6 +1,10 @@
-"""Why a placed model can't answer now, in one honest sentence."""
+"""Why a placed model can't answer now, in one honest sentence, and how far its load is."""
 
 from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
 
 from skulk.cluster.view import ClusterView, phase_of, runner_of
 from skulk.errors import RequestError, ServiceError, SkulkError, UnavailableError
@@ -9,6 +13,27 @@ from skulk.wire.state import Instance
 
 RETRY_LOADING_S = 5.0
 RETRY_PENDING_S = 15.0
+
+
+_COMING = ("waiting", "fetching", "verifying")
+LoadPhase = Literal["placing", "downloading", "loading", "warming"]
+
+
+class Loading(msgspec.Struct, frozen=True, kw_only=True):
+    """How far the load of a model is; ``done`` of ``total`` bytes of its weights, in its phase."""
+
+    model: str
+    phase: LoadPhase
+    done: int
+    total: int
+
+
+class LoadingError(UnavailableError):
+    """``instance_not_ready``, with how far the load is; the envelope shows it beside the error."""
+
+    def __init__(self, detail: str, loading: Loading) -> None:
+        super().__init__("instance_not_ready", detail, retry_after_s=RETRY_LOADING_S)
+        self.loading = loading
 
 
 def not_placed(model_id: str) -> RequestError:
@@ -27,7 +52,7 @@ def why_not_ready(view: ClusterView, instances: tuple[Instance, ...]) -> SkulkEr
     by_phase = {phase_of(view, instance): instance for instance in reversed(instances)}
     for phase in ("loading", "placing"):
         if phase in by_phase:
-            return _loading(by_phase[phase], runner_of(view, by_phase[phase]))
+            return _loading(view, by_phase[phase])
     if "pending" in by_phase:
         instance = by_phase["pending"]
         return UnavailableError(
@@ -36,7 +61,7 @@ def why_not_ready(view: ClusterView, instances: tuple[Instance, ...]) -> SkulkEr
             f"{instance.reason or 'none was chosen yet'}",
             retry_after_s=RETRY_PENDING_S,
         )
-    instance = by_phase["failed"]
+    instance = by_phase.get("failed") or instances[0]
     status = runner_of(view, instance)
     error = None if status is None else status.error
     reason = "no reason is known; see the node's log" if error is None else error.detail
@@ -47,13 +72,33 @@ def why_not_ready(view: ClusterView, instances: tuple[Instance, ...]) -> SkulkEr
     )
 
 
-def _loading(instance: Instance, status: RunnerStatus | None) -> UnavailableError:
+def loading_of(view: ClusterView, instance: Instance) -> Loading:
+    """How far an instance's load is."""
+    status, model_id, total = runner_of(view, instance), instance.model_id, instance.request.card.size_bytes
+    if status is None or instance.assignment is None:
+        return Loading(model=model_id, phase="placing", done=0, total=total)
+    node = view.nodes.get(instance.assignment.node_id)
+    coming = () if node is None else node.beat.downloads
+    fetched = next((one for one in coming if one.model_id == model_id and one.phase in _COMING), None)
+    if status.phase == "accepted" and fetched is not None:
+        return Loading(model=model_id, phase="downloading", done=fetched.done_bytes, total=fetched.total_bytes)
+    done = round(total * status.progress)
+    return Loading(model=model_id, phase="warming" if status.phase == "warming" else "loading", done=done, total=total)
+
+
+def _loading(view: ClusterView, instance: Instance) -> LoadingError:
+    status = runner_of(view, instance)
     state = "is being placed" if status is None else f"is {status.phase}, {status.progress:.0%} done"
-    return UnavailableError(
-        "instance_not_ready",
+    return LoadingError(
         f"the instance {instance.instance_id} of {instance.model_id} {state}; ask again in a moment",
-        retry_after_s=RETRY_LOADING_S,
+        loading_of(view, instance),
     )
+
+
+def has_crashed(view: ClusterView, known: RunnerStatus) -> bool:
+    """Whether a runner that was ready ended by itself, as its supervisor says; not: stopped, or lost with its node."""
+    status = view.runners.get(known.runner_id)
+    return status is not None and (status.phase == "failed" or status.restarts > known.restarts)
 
 
 def death_of(view: ClusterView, known: RunnerStatus) -> ServiceError | None:

@@ -7,6 +7,7 @@ from typing import Final
 from skulk.cluster.view import ClusterView, NodeView
 from skulk.units import MIB, format_bytes
 from skulk.wire.model import ModelCard
+from skulk.wire.state import Instance
 
 DISK_MARGIN: Final = 512 * MIB
 """What stays free on a disk that weights are fetched to."""
@@ -40,3 +41,19 @@ def _has_source(view: ClusterView, card: ModelCard, node: NodeView) -> bool:
     return fetches and any(
         other is not node and other.beat.files is not None and holds(other, card) for other in view.nodes.values()
     )
+
+
+def weights_of(view: ClusterView, instance: Instance) -> str:
+    """What tells the weights that an instance serves from others: equal text, equal weights.
+
+    The hash that its card pins or that its node has taken, with the sizes of all parts; where there is none, the very
+    file on the very node.
+    """
+    card, assigned = instance.request.card, instance.assignment
+    sizes = ",".join(str(file.size_bytes) for file in card.files)
+    node = None if assigned is None else view.nodes.get(assigned.node_id)
+    held = () if node is None else node.beat.models
+    digest = card.files[0].sha256 or next((one.sha256 for one in held if one.model_id == card.model_id), None)
+    if digest is not None:
+        return f"{digest.lower()} {sizes}"
+    return f"{'' if assigned is None else assigned.node_id} {card.model_id} {sizes}"

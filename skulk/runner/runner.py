@@ -210,7 +210,13 @@ class Runner:
         for older in self._table.attempts(generate.request_id):
             # Its gateway has given that attempt up: nobody reads its stream.
             self._end(older, StreamEnd(reason="cancelled"))
-        check_room(shape, open_sequences=self._table.open_sequences, n=generate.n, request_s=self._table.request_s)
+        check_room(
+            shape,
+            open_sequences=self._table.open_sequences,
+            n=generate.n,
+            request_s=self._table.request_s,
+            is_resumed=generate.resume is not None,
+        )
         request = self._table.open(generate, self._clock.now())
         task = asyncio.create_task(self._prepare(request, engine, shape), name=f"prepare {generate.request_id}")
         self._preparations.add(task)
@@ -271,6 +277,8 @@ class Runner:
             prompt_tokens=len(admitted.prompt),
             queued=ahead,
             in_flight=in_flight,
+            # whoever brought them has them
+            prompt_ids=admitted.prompt if generate.resume is None else (),
         )
 
     @property

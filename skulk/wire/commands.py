@@ -18,6 +18,7 @@ class PlaceModel(Wire, frozen=True, kw_only=True):
 
     Attributes:
         command_id: the client's; the answer is kept for 10 minutes and repeated.
+        on_demand: a request for an answer wants it: it leaves when nobody has used it for a while, or for room.
         instance_id: to use this very id; None: the master makes one.
     """
 
@@ -25,6 +26,7 @@ class PlaceModel(Wire, frozen=True, kw_only=True):
     request: PlacementRequest
     instance_id: str | None = None
     ensure: bool = False
+    on_demand: bool = False
 
 
 class PreviewPlacement(Wire, frozen=True, kw_only=True):

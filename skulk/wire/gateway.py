@@ -26,6 +26,7 @@ class GatewaySpec(Wire, frozen=True, kw_only=True):
         verified_file: where the node keeps the hashes that it took.
         max_body_bytes: largest body of an HTTP request.
         load_wait_s: longest wait of a request for a loading instance.
+        auto_place: which models a request may place; ``failover``: streams go on elsewhere when their runner is lost.
         request_timeout_s: deadline of a request, by default and at most.
         api_keys: ``name:key`` each, or ``@file`` with one a line; empty: no key is asked for.
         allowed_hosts: names that Host and Origin may hold besides the usual ones.
@@ -52,6 +53,8 @@ class GatewaySpec(Wire, frozen=True, kw_only=True):
     offline: bool = False
     max_body_bytes: int = 64 * 1024 * 1024
     load_wait_s: float = 60.0
+    auto_place: Literal["cached", "any", "off"] = "cached"
+    failover: bool = True
     request_timeout_s: float = 600.0
     api_keys: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()

@@ -9,6 +9,7 @@ from skulk.wire.base import ErrorBody, Wire
 MessageRole = Literal["system", "developer", "user", "assistant", "tool"]
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "error"]
 StreamPhase = Literal["queued", "prefill", "decode", "ended"]
+Priority = Literal["interactive", "batch"]
 
 
 class FunctionCall(Wire, frozen=True, kw_only=True):
@@ -122,12 +123,30 @@ class Limits(Wire, frozen=True, kw_only=True):
     ignore_eos: bool = False
 
 
+class ResumedChoice(Wire, frozen=True, kw_only=True):
+    """What another runner had drawn of one choice, and how many characters of its text were sent."""
+
+    emitted_tokens: tuple[int, ...] = ()
+    sent_characters: int = 0
+
+
 class Resume(Wire, frozen=True, kw_only=True):
-    """Where another runner left off: the ids of prompt and answer, and how much text was already sent (DESIGN 6)."""
+    """Where another runner left off: the ids of prompt and answer, and how much text was already sent (ADR 10).
+
+    Attributes:
+        emitted_tokens: of choice 0, as ``sent_characters`` is; ``others`` are the choices from 1 on, all of them.
+    """
 
     prompt_tokens: tuple[int, ...]
     emitted_tokens: tuple[int, ...]
     sent_characters: int
+    others: tuple[ResumedChoice, ...] = ()
+
+    @property
+    def choices(self) -> tuple[ResumedChoice, ...]:
+        """Every choice, in order."""
+        first = ResumedChoice(emitted_tokens=self.emitted_tokens, sent_characters=self.sent_characters)
+        return (first, *self.others)
 
 
 class Generate(Wire, frozen=True, kw_only=True):
@@ -137,6 +156,7 @@ class Generate(Wire, frozen=True, kw_only=True):
         request_id: the same over all attempts; `attempt` counts from 1.
         gateway_id: whose stream subject the chunks go to; ``gateway_incarnation`` is its life.
         n: choices of the same prompt.
+        priority: ``batch`` waits for a slot behind every ``interactive`` one; a resumed answer goes before both.
         timeout_s: seconds from its arrival at the runner until the stream ends with ``deadline_exceeded``, whatever it
             has sent by then; None: the runner's own limit. A duration, for the clocks of two machines differ.
     """
@@ -152,6 +172,7 @@ class Generate(Wire, frozen=True, kw_only=True):
     n: int = 1
     resume: Resume | None = None
     timeout_s: float | None = None
+    priority: Priority = "interactive"
 
 
 class Accepted(Wire, frozen=True, kw_only=True):
@@ -160,6 +181,7 @@ class Accepted(Wire, frozen=True, kw_only=True):
     Attributes:
         queued: requests that wait for a slot before it.
         in_flight: requests that were being computed when it came.
+        prompt_ids: the ids of the prompt; another runner goes on from them. Empty: this runner can't tell them.
     """
 
     request_id: str
@@ -167,6 +189,7 @@ class Accepted(Wire, frozen=True, kw_only=True):
     prompt_tokens: int
     queued: int = 0
     in_flight: int = 0
+    prompt_ids: tuple[int, ...] = ()
 
 
 class Cancel(Wire, frozen=True, kw_only=True):

@@ -121,11 +121,24 @@ def test_each_kind_refuses_the_others_inputs(embedder: LlamaCppEmbedder, ranker:
         ranker.input_tokens(TextPrompt(text="a"))
 
 
+def generator(path: Path) -> LlamaCppEngine:
+    spec = LoadSpec(
+        path=str(path), backend="llama_cpp-cpu", context_length=256, n_parallel=1, kv_cells=256, n_threads=1
+    )
+    engine = load(spec, lambda _: True)
+    assert isinstance(engine, LlamaCppEngine)
+    return engine
+
+
 @pytest.fixture(scope="module")
 def infill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaCppEngine]:
-    marks = {f"tokenizer.ggml.fim_{name}_token_id": number for number, name in enumerate(("pre", "suf", "mid"), start=5)}
+    marks = {
+        f"tokenizer.ggml.fim_{name}_token_id": number for number, name in enumerate(("pre", "suf", "mid"), start=5)
+    }
     path = with_metadata(short_copy(), tmp_path_factory.mktemp("infill") / "code.gguf", marks)
-    spec = LoadSpec(path=str(path), backend="llama_cpp-cpu", context_length=512, n_parallel=1, kv_cells=512, n_threads=1)
+    spec = LoadSpec(
+        path=str(path), backend="llama_cpp-cpu", context_length=512, n_parallel=1, kv_cells=512, n_threads=1
+    )
     engine = load(spec, lambda _: True)
     assert isinstance(engine, LlamaCppEngine)
     yield engine
@@ -146,11 +159,8 @@ def test_a_model_that_generates_gives_no_vectors(infill: LlamaCppEngine) -> None
         infill.input_tokens(TextPrompt(text="a"))
 
 
-def test_infill_without_marks_is_refused_by_its_field(tmp_path: Path) -> None:
-    spec = LoadSpec(
-        path=str(short_copy()), backend="llama_cpp-cpu", context_length=256, n_parallel=1, kv_cells=256, n_threads=1
-    )
-    engine = load(spec, lambda _: True)
+def test_infill_without_marks_is_refused_by_its_field() -> None:
+    engine = generator(short_copy())
     with pytest.raises(RequestError) as caught:
         engine.tokens_of(InfillPrompt(prefix="a", suffix="b"))
     assert (caught.value.code, caught.value.param) == ("unsupported_field", "suffix")

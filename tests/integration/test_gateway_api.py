@@ -193,10 +193,12 @@ async def test_an_instance_of_no_preview_is_refused(gateway: Gateway, body: dict
 # What chat says when there is no runner to answer
 
 
-async def test_a_known_model_that_is_not_placed(gateway: Gateway) -> None:
-    answer = await gateway.chat(stream=True)
-    assert (answer.status, answer.error["code"]) == (404, "model_not_placed")
-    assert "POST /place_instance" in answer.error["message"]
+async def test_a_known_model_that_is_not_placed(tmp_path: Path) -> None:
+    async with running_gateway(tmp_path, auto_place="off") as gateway:
+        answer = await gateway.chat(stream=True)
+        assert (answer.status, answer.error["code"]) == (404, "model_not_placed")
+        assert "POST /place_instance" in answer.error["message"]
+        assert gateway.cluster.placed == []
 
 
 async def test_a_loading_model_is_waited_for(gateway: Gateway) -> None:
@@ -215,6 +217,7 @@ async def test_a_load_that_takes_too_long(tmp_path: Path) -> None:
         answer = await gateway.chat(stream=True)
     assert (answer.status, answer.error["code"], answer.headers["Retry-After"]) == (503, "instance_not_ready", "5")
     assert "42% done" in answer.error["message"]
+    assert answer.json["loading"] == {"model": MODEL, "phase": "loading", "done": 42_000_000, "total": 100_000_000}
 
 
 async def test_a_failed_model_tells_its_reason(gateway: Gateway, monkeypatch: Any) -> None:

@@ -224,7 +224,7 @@ async def test_an_error_in_the_stream_is_an_event_and_no_done(gateway: Gateway) 
     assert "[DONE]" not in events
     assert events[-2]["choices"][0]["delta"] == {"content": "Hello"}
     assert gateway.app[METRICS].stream_errors["runner_failed"] == 1
-    whole = await gateway.chat()
+    whole = await gateway.chat(max_tokens=9)
     assert (whole.status, whole.error["code"]) == (502, "runner_failed")
 
 

@@ -26,6 +26,7 @@ RERANK_FIELDS: Final[dict[str, Field]] = {
 TOKENIZE_FIELDS: Final[dict[str, Field]] = honoured("model", "content", "add_special", "parse_special", "with_pieces")
 DETOKENIZE_FIELDS: Final[dict[str, Field]] = honoured("model", "tokens")
 
+
 class DocumentText(msgspec.Struct, frozen=True, kw_only=True):
     """A document as some clients write it."""
 

@@ -11,7 +11,17 @@ import pytest
 from skulk.batching.admission import BatchShape, admit, check_fields, check_room
 from skulk.batching.requests import BatchRequest
 from skulk.errors import RequestError, UnavailableError
-from skulk.wire.generation import ChatMessage, ChatPrompt, Generate, Limits, Resume, Sampling, TextPrompt, TokenPrompt
+from skulk.wire.generation import (
+    ChatMessage,
+    ChatPrompt,
+    Generate,
+    Limits,
+    Resume,
+    ResumedChoice,
+    Sampling,
+    TextPrompt,
+    TokenPrompt,
+)
 from tests.support.batches import shape_of
 
 GENERATE = Generate(
@@ -83,7 +93,20 @@ def sampled(**fields: Any) -> Generate:
             msgspec.structs.replace(
                 GENERATE, n=2, resume=Resume(prompt_tokens=(1,), emitted_tokens=(), sent_characters=0)
             ),
-            "n",
+            "resume",
+        ),
+        (
+            msgspec.structs.replace(
+                GENERATE,
+                n=2,
+                resume=Resume(
+                    prompt_tokens=(1,),
+                    emitted_tokens=(),
+                    sent_characters=0,
+                    others=(ResumedChoice(emitted_tokens=(999,)),),
+                ),
+            ),
+            "resume",
         ),
     ],
 )

@@ -15,12 +15,13 @@ from skulk.batching.requests import BatchRequest, Emitted, Ended, Output, Progre
 from skulk.batching.schedule import schedule
 from skulk.batching.slots import add, end_all, end_request, expire
 from skulk.batching.state import BatchState
-from skulk.batching.step import StepResult
+from skulk.batching.step import StepResult, StepRow
 from skulk.wire.base import ErrorBody
-from skulk.wire.generation import Timings, Usage
+from skulk.wire.generation import ResumedChoice, Timings, Usage
 from tests.support.batches import (
     END_TOKEN,
     VOCABULARY,
+    Draw,
     ends_of,
     play,
     play_step,
@@ -323,3 +324,65 @@ def test_a_resumed_answer_that_was_complete_ends_without_a_slot(
     assert isinstance(end, Ended)
     assert end.end.reason == reason
     assert end.end.usage == Usage(prompt_tokens=3, completion_tokens=len(emitted))
+
+
+def saying_each(answers: list[bytes]) -> Draw:
+    """Each choice answers its own bytes, then the end token."""
+
+    def draw(state: BatchState, row: StepRow) -> int:
+        sequence = next(seq for seq in state.running if seq.slot == row.slot)
+        tokens = [*answers[sequence.choice], END_TOKEN]
+        return tokens[min(len(sequence.drawn), len(tokens) - 1)]
+
+    return draw
+
+
+def drawn_of(outputs: list[Output], choice: int) -> list[int]:
+    return [token for one in outputs if isinstance(one, Emitted) and one.choice == choice for token in one.tokens]
+
+
+@given(
+    st.lists(st.tuples(st.binary(max_size=14), st.integers(0, 14), st.integers(0, 14)), min_size=1, max_size=3),
+)
+def test_all_choices_of_a_resumed_request_go_on(choices: list[tuple[bytes, int, int]]) -> None:
+    """Each choice has its own count; those that had ended say so once more, the request ends once, with all counts."""
+    answers = [answer for answer, _, _ in choices]
+    request = request_of(max_tokens=10, n=len(choices))
+    whole_outputs = play(batch(request), saying_each(answers))
+    begun = [
+        ResumedChoice(
+            emitted_tokens=tuple(told[: min(cut, len(told))]),
+            sent_characters=min(sent, len(text_of(whole_outputs, choice=choice))),
+        )
+        for choice, (_, cut, sent) in enumerate(choices)
+        for told in [drawn_of(whole_outputs, choice)]
+    ]
+    resumed = msgspec.structs.replace(
+        request,
+        emitted=begun[0].emitted_tokens,
+        sent_characters=begun[0].sent_characters,
+        others=tuple(begun[1:]),
+        lane=-1,
+    )
+    changed = add(BatchState(shape=shape_of()), resumed, VOCABULARY, 0.0)
+    told = [*changed.outputs]
+    if not changed.state.is_idle:
+        told += play(changed.state, saying_each(answers))
+    for choice, one in enumerate(begun):
+        whole = text_of(whole_outputs, choice=choice)
+        assert whole[: one.sent_characters] + text_of(told, choice=choice) == whole
+        finishes = [
+            out.finish_reason for out in told if isinstance(out, Emitted) and out.choice == choice and out.finish_reason
+        ]
+        assert len(finishes) == 1
+    assert [end.end.usage for end in ends_of(told)["a"]] == [end.end.usage for end in ends_of(whole_outputs)["a"]]
+
+
+def test_resumed_answers_go_first_and_batch_requests_last() -> None:
+    state = batch()
+    for name, lane in (("batch", 1), ("first", 0), ("lost", -1), ("second", 0), ("lost too", -1)):
+        state = add(state, msgspec.structs.replace(request_of(name), lane=lane), VOCABULARY, 0.0).state
+    assert [seq.request.key.request_id for seq in state.waiting] == ["lost", "lost too", "first", "second", "batch"]
+    state = schedule(state, 1.0).state
+    orders = [seq.order for seq in state.running]
+    assert orders == sorted(orders), "the one that yields first is the newest of the last lane"
