@@ -71,6 +71,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
         n_threads: of the processor that it computes with; 0: it computes elsewhere.
         pooling: how tokens become one vector, ``rank``: one score; empty: the model generates text.
         embedding_size: numbers of a vector.
+        device_bytes: what the load took of a device that tells it of no process (CUDA, ROCm); 0: nothing, or see there.
         cell_s: seconds that a cell of a unified cache, used or not, adds to each row of a decode step; 0: unknown.
     """
 
@@ -90,6 +91,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     state_bytes: int = 0
     token_bytes: int = 0
     n_threads: int = 0
+    device_bytes: int = 0
     cell_s: float = 0.0
     pooling: str = ""
     embedding_size: int = 0

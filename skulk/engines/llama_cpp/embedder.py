@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from skulk.engines.llama_cpp.batch import Batch
@@ -38,10 +38,13 @@ _MIN_BATCH: Final = 512
 _FLASH_ATTENTION: Final = {"auto": -1, "off": 0, "on": 1}
 
 
-def open_embedder(model: int, spec: LoadSpec, architecture: str, *, has_pooling: bool) -> LlamaCppEmbedder:
+def open_embedder(
+    model: int, spec: LoadSpec, architecture: str, taken: Callable[[], int], *, has_pooling: bool
+) -> LlamaCppEmbedder:
     """The engine of a model that was read; on an error the model is still the caller's.
 
     Args:
+        taken: what the load has taken of a device so far, bytes.
         has_pooling: the file says how tokens become one vector; else they are averaged, with a warning.
 
     Raises:
@@ -83,6 +86,7 @@ def open_embedder(model: int, spec: LoadSpec, architecture: str, *, has_pooling:
             has_template=True,
             kv_cells=n_batch,
             n_threads=int(lib.llama_n_threads(context)) if spec.backend.endswith("-cpu") else 0,
+            device_bytes=taken(),
             pooling=POOLINGS[pooling],
             embedding_size=int(size_of(model)),
         )

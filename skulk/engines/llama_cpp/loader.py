@@ -9,9 +9,12 @@ import ctypes
 import hashlib
 import logging
 import os
+from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
-from skulk.engines.llama_cpp.devices import device_list
+import msgspec
+
+from skulk.engines.llama_cpp.devices import device_list, free_bytes
 from skulk.engines.llama_cpp.embedder import LlamaCppEmbedder, open_embedder
 from skulk.engines.llama_cpp.engine import LlamaCppEngine
 from skulk.engines.llama_cpp.failures import context_failure, load_failure
@@ -39,22 +42,32 @@ def load(spec: LoadSpec, progress: Progress) -> LlamaCppEngine | LlamaCppEmbedde
     kv_type = kv_type_of(spec.kv_type)
     _check_file(spec, progress)
     lib = library()
+    compute = spec.backend.partition("-")[2]
+    free_before = free_bytes(compute)
     model = _load_model(lib, spec, progress)
-    return _embedder(lib, model, spec, progress) if spec.embeds else _generator(lib, model, spec, kv_type, progress)
+
+    def taken() -> int:
+        return max(0, free_before - free_bytes(compute))
+
+    if spec.embeds:
+        return _embedder(lib, model, spec, taken, progress)
+    return _generator(lib, model, spec, kv_type, taken, progress)
 
 
-def _embedder(lib: Any, model: int, spec: LoadSpec, progress: Progress) -> LlamaCppEmbedder:
+def _embedder(lib: Any, model: int, spec: LoadSpec, taken: Callable[[], int], progress: Progress) -> LlamaCppEmbedder:
     architecture = metadata(lib, model, "general.architecture") or ""
     has_pooling = (metadata(lib, model, f"{architecture}.pooling_type") or "0") != "0"
     try:
-        engine = open_embedder(model, spec, architecture, has_pooling=has_pooling)
+        engine = open_embedder(model, spec, architecture, taken, has_pooling=has_pooling)
     except BaseException:
         lib.llama_model_free(model)
         raise
     return _ready(engine, progress)
 
 
-def _generator(lib: Any, model: int, spec: LoadSpec, kv_type: int, progress: Progress) -> LlamaCppEngine:
+def _generator(
+    lib: Any, model: int, spec: LoadSpec, kv_type: int, taken: Callable[[], int], progress: Progress
+) -> LlamaCppEngine:
     context: int | None = None
     prompter: Prompter | None = None
     try:
@@ -64,6 +77,7 @@ def _generator(lib: Any, model: int, spec: LoadSpec, kv_type: int, progress: Pro
         vocabulary = Vocabulary(model)
         template = _template_of(lib, model)
         info = _info(lib, model, context, spec, layout, vocabulary, has_template=template is not None)
+        info = msgspec.structs.replace(info, device_bytes=taken())
         prompter = Prompter(vocabulary, template, info.n_ctx)
         prompter.start()
         engine = LlamaCppEngine(
@@ -139,6 +153,9 @@ def _load_model(lib: Any, spec: LoadSpec, progress: Progress) -> int:
     devices = device_list(compute)
     params.devices = ctypes.cast(devices, ctypes.c_void_p)
     params.n_gpu_layers = 0 if compute == "cpu" else spec.gpu_layers
+    if compute == "cpu":
+        # llama.cpp repacks weights for the processor; a mapped file would stay in memory beside the repacked ones.
+        params.load_mode = lib.LLAMA_LOAD_MODE_NONE
     watch = _ProgressWatch(progress)
     callback = lib.llama_progress_callback(watch.take)
     params.progress_callback = callback
