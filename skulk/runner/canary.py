@@ -39,6 +39,8 @@ def listen_to(engine: Engine, spec: RunnerSpec) -> None:
     Raises:
         ServiceError: ``backend_faulty``: it isn't, with the reason; ``runner_failed``: it can't compute.
     """
+    if engine.info.pooling:
+        return  # it draws no tokens, so it has no text to recite
     recital = engine.recite(PROMPT, TOKENS)
     path = record_path(engine, spec)
     record = None if path is None else _read(path)
