@@ -31,7 +31,7 @@ from skulk.wire.commands import (
     SnapshotRequest,
 )
 from skulk.wire.events import EventRecord
-from skulk.wire.generation import Accepted, Alive, Cancel, Cancelled, Chunk, Generate, Resend, Resent
+from skulk.wire.generation import Accepted, Alive, Cancel, Cancelled, Chunk, Generate, Resend, Resent, Retire, Retired
 from skulk.wire.model import ModelCard
 from skulk.wire.placement import PlacementDecision
 from skulk.wire.store import (
@@ -187,6 +187,7 @@ STORE_VERIFY: Final = Endpoint("verify", "store.verify.{node}", VerifyModel, Ver
 RUNNER_GENERATE: Final = Endpoint("generate", "runner.generate.{runner}", Generate, Accepted, service="runner")
 RUNNER_CANCEL: Final = Endpoint("cancel", "runner.cancel.{runner}", Cancel, Cancelled, service="runner")
 RUNNER_RESEND: Final = Endpoint("resend", "runner.resend.{runner}", Resend, Resent, service="runner")
+RUNNER_RETIRE: Final = Endpoint("retire", "runner.retire.{runner}", Retire, Retired, service="runner")
 TRANSFER_PART: Final = Endpoint("part", "transfer.part.{owner}", PartRequest, bytes, service="transfer")
 
 CHANNELS: Final[tuple[Channel[Any], ...]] = (NODE_BEAT, MASTER_BEAT, GATEWAY_BEAT, EVENT, RUNNER_STATUS, STREAM, ALIVE)
@@ -209,6 +210,7 @@ ENDPOINTS: Final[tuple[Endpoint[Any, Any], ...]] = (
     RUNNER_GENERATE,
     RUNNER_CANCEL,
     RUNNER_RESEND,
+    RUNNER_RETIRE,
     TRANSFER_PART,
 )
 

@@ -277,15 +277,17 @@ class Dispatcher:
 
     async def _wait(self, run: Run, give_up_at: float) -> None:
         settled_at: float | None = None
+        was_on_demand = False
         while not self._is_draining:
             view, now = self._replica.view, self._clock.now()
             phases = _phases(view, run)
             if "ready" in phases.values():
                 return
             if not phases:
-                if run.away:
+                if run.away or was_on_demand:
                     return  # it has left because it was idle; what is asked for now is placed anew
                 raise not_placed(run.model_id)
+            was_on_demand = all(found.on_demand for found in instances_of(view, run.model_id))
             if set(phases.values()) & {"placing", "loading"}:
                 settled_at, limit = None, give_up_at
             else:

@@ -23,7 +23,14 @@ from skulk.batching.admission import BatchShape, check_fields, check_room
 from skulk.batching.requests import BatchRequest, Emitted, Ended, Output, Progressed, RequestKey
 from skulk.bus.port import Bus, Call
 from skulk.bus.streams import Outbox
-from skulk.bus.subjects import GATEWAY_BEAT, NODE_BEAT, RUNNER_CANCEL, RUNNER_GENERATE, RUNNER_RESEND
+from skulk.bus.subjects import (
+    GATEWAY_BEAT,
+    NODE_BEAT,
+    RUNNER_CANCEL,
+    RUNNER_GENERATE,
+    RUNNER_RESEND,
+    RUNNER_RETIRE,
+)
 from skulk.clock import Clock
 from skulk.engines.protocol import Engine, EngineInfo
 from skulk.errors import ServiceError, SkulkError, UnavailableError
@@ -35,7 +42,7 @@ from skulk.runner.table import OpenRequest, RequestTable
 from skulk.runner.threads import thread_share
 from skulk.wire.base import ErrorBody
 from skulk.wire.beats import NodeBeat
-from skulk.wire.generation import Accepted, Cancel, Cancelled, Generate, Resend, Resent, StreamEnd
+from skulk.wire.generation import Accepted, Cancel, Cancelled, Generate, Resend, Resent, Retire, Retired, StreamEnd
 from skulk.wire.runner import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, RunnerSpec
 
 UPKEEP_S: Final = 0.5
@@ -103,6 +110,7 @@ class Runner:
         self._over: asyncio.Future[int] = self._loop.create_future()
         self._stop_asked = asyncio.Event()
         self._is_hurried = False
+        self._held_until = 0.0
         self._is_stuck = False
         self._refusal: SkulkError | None = None
         self._thread_ended = asyncio.Event()
@@ -116,7 +124,12 @@ class Runner:
         """
         service = await self._bus.serve(
             "runner",
-            {RUNNER_GENERATE: self._generate, RUNNER_CANCEL: self._cancel, RUNNER_RESEND: self._resend},
+            {
+                RUNNER_GENERATE: self._generate,
+                RUNNER_CANCEL: self._cancel,
+                RUNNER_RESEND: self._resend,
+                RUNNER_RETIRE: self._retire,
+            },
             metadata={"model": self._spec.model_id, "instance": self._spec.instance_id, "node": self._spec.node_id},
             runner=self._spec.runner_id,
         )
@@ -175,6 +188,13 @@ class Runner:
         self._table.changed.set()
         return resent
 
+    async def _retire(self, call: Call[Retire]) -> Retired:
+        """What is open stays. After the answer that it is idle nothing comes in: nothing is in flight at the stop."""
+        is_idle = self.status.phase == "ready" and not self._table.open_requests()
+        if is_idle:
+            self._held_until = self._clock.now() + call.message.hold_s
+        return Retired(runner_id=self._spec.runner_id, is_idle=is_idle)
+
     def _enter(self, generate: Generate) -> OpenRequest:
         """Takes a new request in and starts to prepare it; refuses what can be refused without its tokens."""
         engine, shape = self._ready()
@@ -198,7 +218,7 @@ class Runner:
 
     def _ready(self) -> tuple[Engine, BatchShape]:
         phase = self.status.phase
-        if phase == "draining":
+        if phase == "draining" or self._clock.now() < self._held_until:
             raise UnavailableError("draining", "this runner is about to stop and takes no new requests; ask another")
         if phase != "ready" or self._engine is None or self._shape is None:
             raise UnavailableError(

@@ -61,6 +61,7 @@ class RunnerStatus(Wire, frozen=True, kw_only=True):
         memory_bytes: resident memory of the process; 0 where unknown.
         error: why it was refused or failed.
         restarts: how often this assignment's process was started again.
+        idle_s: seconds since the last request ended, or since it was ready; 0 while any is open.
         backend: resolved tag that it computes on; runners on ``-cpu`` share their node's cores.
     """
 
@@ -80,6 +81,7 @@ class RunnerStatus(Wire, frozen=True, kw_only=True):
     restarts: int = 0
     since: float = 0.0
     backend: str = ""
+    idle_s: float = 0.0
 
 
 class HealthReason(Wire, frozen=True, kw_only=True):

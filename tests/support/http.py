@@ -255,6 +255,16 @@ class FakeCluster:
         await self.set_phase(instance_id, phase)
         return runner
 
+    async def run_placed(self) -> FakeRunner:
+        """A ready runner of the one instance that the master was asked to place."""
+        (instance_id,) = self.state.instances
+        assigned = self.state.instances[instance_id].assignment
+        assert assigned is not None
+        runner = self.runners[assigned.runner_id] = FakeRunner(self.bus, assigned.runner_id)
+        await runner.start()
+        await self.set_phase(instance_id, "ready")
+        return runner
+
     async def set_phase(self, instance_id: str, phase: RunnerPhase, **fields: Any) -> None:
         """Changes the phase of an instance's runner."""
         found = self.state.instances[instance_id]
