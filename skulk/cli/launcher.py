@@ -50,6 +50,7 @@ from skulk.supervision.nats_server import NatsEndpoint, NatsServer
 from skulk.supervision.restarts import GiveUp
 from skulk.supervision.supervisor import Supervised
 from skulk.wire.base import encode
+from skulk.wire.beats import EngineFacts
 from skulk.wire.commands import PlacementReply, PlaceModel
 from skulk.wire.gateway import GatewaySpec
 from skulk.wire.placement import PlacementRequest
@@ -279,6 +280,7 @@ class _Launcher:
             models_dir=Path(settings.models_dir),
             declared=settings.backends,
             limit_bytes=settings.memory_limit_bytes,
+            engine=EngineFacts(ubatch=settings.ubatch, kv_type=settings.kv_type),
         )
         await meter.start()
         self._storehouse = house = Storehouse(

@@ -6,8 +6,18 @@ from skulk.cli.client import connect
 from skulk.cli.context import Column, Context, print_rows
 from skulk.cli.interruptible import run_interruptible
 from skulk.cli.state_view import InstanceRow, StateView, instance_rows
+from skulk.units import format_bytes
 
 SHOWN_ID = 8
+
+
+def memory_text(row: InstanceRow) -> str:
+    """``231.0 MiB (1.03)``: what the runner took after its load, and that divided by the estimate."""
+    if not row.loaded_bytes:
+        return ""
+    ratio = "" if row.memory_ratio is None else f" ({row.memory_ratio:.2f})"
+    return f"{format_bytes(row.loaded_bytes)}{ratio}"
+
 
 COLUMNS = (
     Column[InstanceRow]("INSTANCE", lambda row: row.instance_id[:SHOWN_ID]),
@@ -16,6 +26,7 @@ COLUMNS = (
     Column[InstanceRow]("NODE", lambda row: ",".join(row.nodes)),
     Column[InstanceRow]("BACKEND", lambda row: row.backend),
     Column[InstanceRow]("CONTEXT", lambda row: str(row.context_length or "")),
+    Column[InstanceRow]("MEMORY", memory_text),
     Column[InstanceRow]("DETAIL", lambda row: row.detail),
 )
 

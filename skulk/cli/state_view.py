@@ -42,8 +42,14 @@ class _Instance(_Camel, frozen=True, kw_only=True):
     reason: str = ""
 
 
+class _Loaded(_Camel, frozen=True, kw_only=True):
+    loaded_bytes: int = 0
+    ratio: float | None = None
+
+
 class _Runner(_Camel, frozen=True, kw_only=True):
     error_message: str | None = None
+    memory: _Loaded = _Loaded()
 
 
 class _Bytes(_Camel, frozen=True, kw_only=True):
@@ -92,6 +98,8 @@ class InstanceRow(msgspec.Struct, frozen=True, kw_only=True):
         nodes: names of the nodes that run it.
         context_length: window of one request, tokens; 0 where it isn't known.
         detail: why it failed, or what it waits for.
+        loaded_bytes: what its runner was measured to take after the load; 0: not yet.
+        memory_ratio: that, divided by what was estimated; None: not known.
     """
 
     instance_id: str
@@ -101,6 +109,8 @@ class InstanceRow(msgspec.Struct, frozen=True, kw_only=True):
     backend: str
     context_length: int
     detail: str
+    loaded_bytes: int = 0
+    memory_ratio: float | None = None
 
 
 class NodeRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,10 +138,12 @@ def _instance_row(state: StateView, instance_id: str, body: _Instance) -> Instan
     assignments = body.shard_assignments
     phases: list[str] = []
     errors: list[str] = []
+    loaded: list[_Loaded] = []
     for runner_id in assignments.node_to_runner.values():
         # A runner that nobody has heard of yet is on its way.
         tag, runner = next(iter(state.runners.get(runner_id, {}).items()), ("RunnerIdle", _Runner()))
         phases.append(PHASES.get(tag, tag))
+        loaded += [runner.memory] if runner.memory.loaded_bytes else []
         errors += [runner.error_message] if runner.error_message else []
     shards = (shard for tagged in assignments.runner_to_shard.values() for shard in tagged.values())
     return InstanceRow(
@@ -142,6 +154,8 @@ def _instance_row(state: StateView, instance_id: str, body: _Instance) -> Instan
         backend=next((shard.resolved_backend for shard in shards if shard.resolved_backend), ""),
         context_length=body.context_token_limit or 0,
         detail="; ".join(errors) if phases else body.reason,
+        loaded_bytes=sum(one.loaded_bytes for one in loaded),
+        memory_ratio=loaded[0].ratio if len(loaded) == 1 else None,
     )
 
 

@@ -66,6 +66,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
         shares_cells: sequences of a unified cache can hold the same cells; else `share` fills as many again.
         state_bytes: what a parked state takes, and ``token_bytes`` more for each of its tokens.
         n_threads: of the processor that it computes with; 0: it computes elsewhere.
+        device_bytes: what the load took of a device that tells it of no process (CUDA, ROCm); 0: nothing, or see there.
         cell_s: seconds that a cell of a unified cache, used or not, adds to each row of a decode step; 0: unknown.
     """
 
@@ -85,6 +86,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     state_bytes: int = 0
     token_bytes: int = 0
     n_threads: int = 0
+    device_bytes: int = 0
     cell_s: float = 0.0
 
 

@@ -3,8 +3,7 @@
 | card field | from the header |
 |---|---|
 | `weights_bytes` | sum of the tensors' sizes, over all parts |
-| `kv_bytes_per_token` | sum over attention layers of KV heads x (key length + value length) x 2 bytes |
-| `recurrent_bytes` | state of the recurrent layers, where there are some |
+| KV, windows, states, activations | see `skulk.models.header_sizes` |
 | `context_length` | `<arch>.context_length` |
 | `quantization` | the file's name, else `general.file_type` |
 """
@@ -20,16 +19,14 @@ import msgspec
 from skulk.errors import RequestError
 from skulk.models.ggml_types import FILE_TYPES
 from skulk.models.gguf import GgufHeader
+from skulk.models.header_sizes import sizes_of
 from skulk.models.quantization import parse_file_name
 from skulk.wire.model import ModelCard, ModelFile, ModelFormat
 
 GGUF_BACKENDS: Final = ("llama_cpp-vulkan", "llama_cpp-rocm", "llama_cpp-cuda", "llama_cpp-cpu")
 MAX_CARD_BYTES: Final = 256 * 1024
-MAX_LAYERS: Final = 4096
 # What JSON readers everywhere hold exactly.
 MAX_NUMBER: Final = 2**53
-_F16_BYTES: Final = 2
-_F32_BYTES: Final = 4
 _TEMPLATE: Final = "tokenizer.chat_template"
 # Architectures that are parts of other models: `general.architecture`.
 _NO_TEXT: Final = {
@@ -69,7 +66,10 @@ class CardFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     format: ModelFormat = "gguf"
     quantization: str = ""
     max_context_tokens: int | None = None
+    window: int = 0
+    window_kv_bytes_per_token: int = 0
     recurrent_bytes: int = 0
+    activations: int = 0
     layers: int = 0
     embedding_length: int = 0
     vocabulary_size: int = 0
@@ -144,6 +144,7 @@ def card_from_gguf(
         raise RequestError(
             "model_file_invalid", f"{name} doesn't say its layers and context length; it is no language model."
         )
+    sizes = sizes_of(header, architecture)
     file_type = FILE_TYPES.get(header.get("general.file_type", int, -1), "")
     card = ModelCard(
         model_id=model_id,
@@ -154,8 +155,11 @@ def card_from_gguf(
         quantization=parse_file_name(name.rsplit("/", 1)[-1]).quantization or file_type,
         context_length=context_length,
         weights_bytes=sum(part.weights_bytes for part in headers),
-        kv_bytes_per_token=kv_bytes_per_token(header, architecture),
-        recurrent_bytes=recurrent_bytes(header, architecture),
+        kv_bytes_per_token=sizes.kv_bytes_per_token,
+        window=sizes.window,
+        window_kv_bytes_per_token=sizes.window_kv_bytes_per_token,
+        recurrent_bytes=sizes.recurrent_bytes,
+        activations=sizes.activations,
         layers=layers,
         embedding_length=header.get(f"{architecture}.embedding_length", int, 0),
         vocabulary_size=_vocabulary_size(header, architecture),
@@ -165,8 +169,8 @@ def card_from_gguf(
         license=header.get("general.license", str, ""),
         source=source,
     )
-    numbers = (card.context_length, card.kv_bytes_per_token, card.recurrent_bytes, card.layers, card.vocabulary_size)
-    if any(not 0 <= number <= MAX_NUMBER for number in (*numbers, card.embedding_length)):
+    numbers = (card.context_length, card.layers, card.vocabulary_size, card.embedding_length)
+    if any(not 0 <= number <= MAX_NUMBER for number in (*numbers, *sizes)):
         raise RequestError("model_file_invalid", f"{name} claims impossible sizes in its header; download it again.")
     return card
 
@@ -179,51 +183,6 @@ def with_vision(card: ModelCard) -> ModelCard:
 def is_embedder(header: GgufHeader, architecture: str) -> bool:
     """Whether the model answers with vectors: by its kind, or by a pooling in its header (0: none, 4: a ranker's)."""
     return architecture in _EMBEDDERS or header.get(f"{architecture}.pooling_type", int, 0) > 0
-
-
-def kv_bytes_per_token(header: GgufHeader, architecture: str) -> int:
-    """Bytes of one token in one sequence's 16-bit cache. Sliding windows are counted as if they kept everything."""
-    heads = _per_layer(header, f"{architecture}.attention.head_count", 0)
-    kv_heads = _per_layer(header, f"{architecture}.attention.head_count_kv", None) or heads
-    embedding = header.get(f"{architecture}.embedding_length", int, 0)
-    most_heads = max(heads, default=0)
-    head_length = embedding // most_heads if most_heads else 0
-    key_length = header.get(f"{architecture}.attention.key_length", int, head_length)
-    value_length = header.get(f"{architecture}.attention.value_length", int, head_length)
-    interval = header.get(f"{architecture}.full_attention_interval", int, 1)
-    if interval > 1:
-        kv_heads = tuple(count if (layer + 1) % interval == 0 else 0 for layer, count in enumerate(kv_heads))
-    return sum(kv_heads) * (key_length + value_length) * _F16_BYTES
-
-
-def recurrent_bytes(header: GgufHeader, architecture: str) -> int:
-    """Bytes of the state that a sequence has whatever its length (Mamba, gated delta nets); 0 without such layers."""
-    inner = header.get(f"{architecture}.ssm.inner_size", int, 0)
-    state = header.get(f"{architecture}.ssm.state_size", int, 0)
-    if inner <= 0 or state <= 0:
-        return 0
-    conv = max(0, header.get(f"{architecture}.ssm.conv_kernel", int, 1) - 1)
-    groups = header.get(f"{architecture}.ssm.group_count", int, 0)
-    layers = header.get(f"{architecture}.block_count", int, 0)
-    kv_heads = _per_layer(header, f"{architecture}.attention.head_count_kv", None)
-    interval = header.get(f"{architecture}.full_attention_interval", int, 0)
-    if interval > 1:
-        layers -= layers // interval
-    elif kv_heads and 0 in kv_heads:
-        layers = kv_heads.count(0)
-    return layers * (conv * (inner + 2 * groups * state) + state * inner) * _F32_BYTES
-
-
-def _per_layer(header: GgufHeader, key: str, default: int | None) -> tuple[int, ...]:
-    """A value that stands once for all layers or once for each; empty where it is absent and has no default."""
-    architecture = key.split(".", 1)[0]
-    layers = header.get(f"{architecture}.block_count", int, 0)
-    value = header.metadata.get(key, default)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return (max(0, value),) * min(layers, MAX_LAYERS)
-    if isinstance(value, tuple):
-        return tuple(max(0, item) for item in value if isinstance(item, int))
-    return ()
 
 
 def _vocabulary_size(header: GgufHeader, architecture: str) -> int:

@@ -285,6 +285,7 @@ class Hosting:
             model_id=wanted.instance.model_id,
             phase=phase,
             reserved_bytes=assignment.memory.need_bytes,
+            expected_bytes=assignment.memory.expected_bytes,
             since=self._clock.wall(),
         )
 

@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from skulk.clock import Clock
 from skulk.models.catalogue import Catalogue
 from skulk.node.node import Measured
@@ -16,12 +18,13 @@ from skulk.telemetry.gpus import accelerators
 from skulk.telemetry.host import disk_facts, load_average, system_facts
 from skulk.telemetry.memory import memory_facts
 from skulk.telemetry.processes import MemoryWatch
-from skulk.wire.beats import Accelerator, DiskFacts, HealthReason, MemoryFacts, SystemFacts
+from skulk.wire.beats import Accelerator, DiskFacts, EngineFacts, HealthReason, MemoryFacts, SystemFacts
 from skulk.wire.model import HeldModel
 
-PROBE: Final = (sys.executable, "-m", "skulk.engines.llama_cpp.probe")
+PROBE: Final = (sys.executable, "-m", "skulk.runner.probe")
 ENGINE_EVERY_S: Final = 60.0
 GPUS_EVERY_S: Final = 5.0
+UNMEASURED: Final = EngineFacts()
 MODELS_EVERY_S: Final = 30.0
 
 
@@ -32,6 +35,7 @@ class MachineMeter:
         models_dir: where weights lie; its disk is the one that is told.
         declared: backends that the operator declared; empty: detect.
         limit_bytes: the most that models may take here; 0: no limit.
+        engine: how this node's runners are set up; what one takes without a model is measured here.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class MachineMeter:
         models_dir: Path,
         declared: tuple[str, ...],
         limit_bytes: int,
+        engine: EngineFacts = UNMEASURED,
     ) -> None:
         self._clock = clock
         self._catalogue = catalogue
@@ -49,6 +54,8 @@ class MachineMeter:
         self._declared = declared
         self._limit_bytes = limit_bytes
         self._advertised = Advertised((), ())
+        self._engine = engine
+        self._build = ""
         self._gpus: tuple[Accelerator, ...] = ()
         self._system: SystemFacts | None = None
         self._models: tuple[HeldModel, ...] = ()
@@ -86,6 +93,7 @@ class MachineMeter:
             models=self._models,
             warnings=(*self._advertised.warnings, *self._problems),
             runner_bytes=runner_bytes,
+            engine=self._engine,
         )
 
     def _measure(self, pids: dict[str, int]) -> tuple[MemoryFacts, dict[str, int], DiskFacts]:
@@ -99,7 +107,12 @@ class MachineMeter:
         await self._look_at_models()
 
     async def _look_at_engine(self) -> None:
-        self._advertised = tags_of(self._declared, await probe_engine(PROBE))
+        found = await probe_engine(PROBE)
+        self._advertised = tags_of(self._declared, found)
+        if found.build and found.build != self._build:
+            # once for a build: what the kernel counts of shared libraries hangs on who else has them
+            self._build = found.build
+            self._engine = msgspec.structs.replace(self._engine, process_bytes=found.process_bytes)
 
     async def _look_at_gpus(self) -> None:
         self._gpus = await accelerators()

@@ -22,7 +22,7 @@ from skulk.node.identity import NodeIdentity
 from skulk.node.storage import TOUCH_S, StateFile
 from skulk.node.twins import Twins
 from skulk.wire.base import PROTOCOL
-from skulk.wire.beats import DiskFacts, HealthReason, MemoryFacts, NodeBeat, Role, SystemFacts
+from skulk.wire.beats import DiskFacts, EngineFacts, HealthReason, MemoryFacts, NodeBeat, Role, SystemFacts
 from skulk.wire.commands import History, HistoryRequest, Snapshot, SnapshotRequest
 from skulk.wire.model import HeldModel
 from skulk.wire.state import ClusterState
@@ -48,6 +48,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[HeldModel, ...]
     warnings: tuple[HealthReason, ...]
     runner_bytes: dict[str, int]
+    engine: EngineFacts = EngineFacts()
 
 
 class Meter(Protocol):
@@ -216,6 +217,7 @@ class Node:
             hub=roles.hub,
             downloads=roles.downloads,
             unmerged=self._replica.is_unmerged,
+            engine=measured.engine,
         )
 
     def _cut_off(self) -> tuple[HealthReason, ...]:

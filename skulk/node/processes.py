@@ -161,6 +161,7 @@ class LocalMachine:
             cluster=settings.cluster,
             restarts=restarts,
             reserved_bytes=assignment.memory.need_bytes,
+            expected_bytes=assignment.memory.expected_bytes,
             nats_url=self._address.url,
             user=self._address.user,
             password=self._address.password,

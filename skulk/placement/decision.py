@@ -226,11 +226,18 @@ def _sized(request: PlacementRequest, node: NodeView, ranked: Ranked, n_parallel
     widths = (n_parallel,) if request.n_parallel is not None else _narrower(n_parallel)
     fit: Fit | None = None
     for width in widths:
-        fit = fit_context(card, room_bytes=have, asked=asked, n_parallel=width, backend=ranked.backend)
+        fit = fit_context(
+            card,
+            room_bytes=have,
+            asked=asked,
+            n_parallel=width,
+            backend=ranked.backend,
+            engine=node.beat.engine,
+        )
         if fit is not None and (asked is None or fit.context_length >= largest_context(card, asked)):
             break
     else:
-        need = least_need(card, asked, widths[-1], ranked.backend)
+        need = least_need(card, asked, widths[-1], ranked.backend, node.beat.engine)
         return msgspec.structs.replace(
             report,
             filter="memory",

@@ -368,6 +368,7 @@ class Runner:
             log.warning("the model brings no chat template: a plain one is used")
         if self._stop_asked.is_set():
             return
+        self.status.device_bytes = info.device_bytes
         self.status.enter("ready", progress=1.0, n_ctx=info.n_ctx)
         self._on_ready(info)
 

@@ -1,4 +1,7 @@
-"""What the runner says of itself: a change of phase at once, else at most four times and at least once a second."""
+"""What the runner says of itself: a change of phase at once, else at most four times and at least once a second.
+
+`StatusBoard.device_bytes`: what the engine saw its load take of a device whose driver tells nothing of processes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from skulk.bus.port import Bus
 from skulk.bus.subjects import RUNNER_STATUS
 from skulk.clock import Clock
 from skulk.errors import SkulkError, UnavailableError
-from skulk.telemetry import MemoryWatch
+from skulk.telemetry import MemoryWatch, process_memory
+from skulk.units import format_bytes
 from skulk.wire.base import ErrorBody
 from skulk.wire.beats import RunnerPhase, RunnerStatus
 from skulk.wire.runner import RunnerSpec
@@ -49,7 +53,9 @@ class StatusBoard:
             reserved_bytes=spec.reserved_bytes,
             since=clock.wall(),
             backend=spec.load.backend,
+            expected_bytes=spec.expected_bytes,
         )
+        self.device_bytes = 0
 
     @property
     def phase(self) -> RunnerPhase:
@@ -87,6 +93,7 @@ class StatusBoard:
             self._phase_changed.clear()
             await self._measure()
             await self.publish()
+            await self._weigh()
             await _within(self._changed, STATUS_EVERY_S)
             await _within(self._phase_changed, STATUS_PAUSE_S)
 
@@ -96,6 +103,17 @@ class StatusBoard:
             own = os.getpid()
             taken = await asyncio.to_thread(self._watch.look, (own,))
             self.now = msgspec.structs.replace(self.now, memory_bytes=taken[own].total_bytes)
+
+    async def _weigh(self) -> None:
+        """Once, right after the load: what it really takes, to be held against what was expected."""
+        if self.now.phase != "ready" or self.now.loaded_bytes:
+            return
+        taken = await asyncio.to_thread(process_memory, os.getpid())
+        loaded = taken.resident_bytes + max(taken.device_bytes, self.device_bytes)
+        expected = self.now.expected_bytes
+        if expected:
+            log.info("%s after the load, %.2f of what was expected", format_bytes(loaded), loaded / expected)
+        self.note(loaded_bytes=loaded)
 
     async def publish(self) -> None:
         """Says it now, if the bus takes it; the next time comes soon."""

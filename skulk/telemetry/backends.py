@@ -48,6 +48,8 @@ class EngineProbe(msgspec.Struct, frozen=True, kw_only=True):
         installed: the library can be loaded; else ``problem`` says why not and what to do.
         gpu_offload: GPU support is compiled in, whether or not a GPU is there.
         computes: what can be served here and now.
+        build: names the installed build.
+        process_bytes: of a runner that has loaded it and no model; 0: not measured.
     """
 
     installed: bool
@@ -56,6 +58,8 @@ class EngineProbe(msgspec.Struct, frozen=True, kw_only=True):
     version: str = ""
     gpu_offload: bool = False
     computes: tuple[str, ...] = ()
+    build: str = ""
+    process_bytes: int = 0
 
 
 class Advertised(NamedTuple):

@@ -28,6 +28,20 @@ class DiskFacts(Wire, frozen=True, kw_only=True):
     available_bytes: int
 
 
+class EngineFacts(Wire, frozen=True, kw_only=True):
+    """What a node's llama.cpp adds to the memory of an instance.
+
+    Attributes:
+        process_bytes: of a runner before it loads a model, measured once for a build; 0: not measured yet.
+        ubatch: rows of one native step.
+        kv_type: of the cache's values.
+    """
+
+    process_bytes: int = 0
+    ubatch: int = 512
+    kv_type: str = "f16"
+
+
 class Accelerator(Wire, frozen=True, kw_only=True):
     """A GPU. Bytes; zero where unknown."""
 
@@ -59,6 +73,8 @@ class RunnerStatus(Wire, frozen=True, kw_only=True):
         waiting: requests queued.
         n_ctx: window of one request that the engine really has, tokens.
         memory_bytes: resident memory of the process; 0 where unknown.
+        expected_bytes: what the placement estimated that it takes right after its load, headroom not counted.
+        loaded_bytes: what it was measured to take then; 0 before.
         error: why it was refused or failed.
         restarts: how often this assignment's process was started again.
         idle_s: seconds since the last request ended, or since it was ready; 0 while any is open.
@@ -82,6 +98,8 @@ class RunnerStatus(Wire, frozen=True, kw_only=True):
     since: float = 0.0
     backend: str = ""
     idle_s: float = 0.0
+    expected_bytes: int = 0
+    loaded_bytes: int = 0
 
 
 class HealthReason(Wire, frozen=True, kw_only=True):
@@ -111,6 +129,7 @@ class NodeBeat(Wire, frozen=True, kw_only=True):
         files: ``host:port`` where it serves its weights to neighbours; None: it doesn't.
         hub: it may fetch weights from the hub.
         downloads: the weights on their way to its disk, and those that failed lately.
+        engine: what its llama.cpp adds to the memory of an instance.
         unmerged: its state holds what the master's lacks; the master's next round takes it in.
         leaving: its last beat: it stops in order and is not to be waited for.
     """
@@ -143,6 +162,7 @@ class NodeBeat(Wire, frozen=True, kw_only=True):
     downloads: tuple[DownloadStatus, ...] = ()
     unmerged: bool = False
     leaving: bool = False
+    engine: EngineFacts = EngineFacts()
 
 
 class MasterBeat(Wire, frozen=True, kw_only=True):

@@ -38,6 +38,9 @@ class ModelCard(Wire, frozen=True, kw_only=True):
         max_context_tokens: the most that may be admitted, where the card limits it.
         weights_bytes: sum of the tensors' sizes.
         kv_bytes_per_token: of one token in one sequence's cache, 16-bit, all layers.
+        window: tokens that the layers with a sliding window see; 0: no layer has one.
+        window_kv_bytes_per_token: the part of ``kv_bytes_per_token`` that those layers have.
+        activations: 32-bit values that one row of a step needs at most; 0: unknown.
         recurrent_bytes: state of one sequence that doesn't grow with its length.
         source: page or file the card was read from.
         repo: ``org/repo`` on the hub that has the files; empty: none is known.
@@ -57,7 +60,10 @@ class ModelCard(Wire, frozen=True, kw_only=True):
     max_context_tokens: int | None = None
     weights_bytes: int
     kv_bytes_per_token: int
+    window: int = 0
+    window_kv_bytes_per_token: int = 0
     recurrent_bytes: int = 0
+    activations: int = 0
     layers: int = 0
     embedding_length: int = 0
     vocabulary_size: int = 0

@@ -37,7 +37,8 @@ class PlacementRequest(Wire, frozen=True, kw_only=True):
 class MemoryEstimate(Wire, frozen=True, kw_only=True):
     """What an instance will take of one pool, in parts, in bytes; ``need_bytes`` is what is reserved.
 
-    ``park_bytes``: host memory of the runner for states that are set aside.
+    ``process_bytes``: of the runner itself, without the model. ``park_bytes``: host memory of the runner for states
+    that are set aside.
     """
 
     weights_bytes: int
@@ -46,6 +47,12 @@ class MemoryEstimate(Wire, frozen=True, kw_only=True):
     headroom_bytes: int
     need_bytes: int
     park_bytes: int = 0
+    process_bytes: int = 0
+
+    @property
+    def expected_bytes(self) -> int:
+        """What a runner should be seen to take right after its load."""
+        return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.process_bytes
 
 
 class NodeReport(Wire, frozen=True, kw_only=True):

@@ -58,6 +58,7 @@ class RunnerSpec(Wire, frozen=True, kw_only=True):
         runner_id: ``<instance>-<epoch>``.
         restarts: how often this assignment's process was started before.
         reserved_bytes: memory that the node keeps for it.
+        expected_bytes: what the placement estimated that it takes right after its load.
         nats_url: the node's own nats-server; ``user`` and ``password`` empty where it asks for none.
         max_waiting: sequences that may wait for a slot; beyond it requests are refused with ``overloaded``.
         request_timeout_s: deadline of a request that names none.
@@ -73,6 +74,7 @@ class RunnerSpec(Wire, frozen=True, kw_only=True):
     cluster: str
     restarts: int = 0
     reserved_bytes: int = 0
+    expected_bytes: int = 0
     nats_url: str
     user: str = ""
     password: str = ""

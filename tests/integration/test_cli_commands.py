@@ -41,14 +41,17 @@ def test_ps(call: Call, gateway: fake.FakeGateway):
     gateway.states = [
         fake.state(
             instances={fake.INSTANCE: fake.instance(), other: fake.instance(other, model_id="org/big")},
-            runners={f"{fake.INSTANCE}-1": fake.runner("RunnerRunning"), f"{other}-1": fake.runner("RunnerLoading")},
+            runners={
+                f"{fake.INSTANCE}-1": fake.runner("RunnerRunning", memory={"loadedBytes": 242_221_056, "ratio": 1.034}),
+                f"{other}-1": fake.runner("RunnerLoading"),
+            },
         )
     ]
     answer = call("ps")
     assert answer.out == (
-        "INSTANCE  MODEL           STATE    NODE   BACKEND        CONTEXT\n"
-        "ffff0000  org/big         loading  attic  llama_cpp-cpu  4096\n"
-        "1b6cf1e0  org/model-GGUF  running  attic  llama_cpp-cpu  4096\n"
+        "INSTANCE  MODEL           STATE    NODE   BACKEND        CONTEXT  MEMORY\n"
+        "ffff0000  org/big         loading  attic  llama_cpp-cpu  4096     -\n"
+        "1b6cf1e0  org/model-GGUF  running  attic  llama_cpp-cpu  4096     231.0 MiB (1.03)\n"
     )
     assert (answer.status, answer.err) == (0, "")
 
@@ -64,9 +67,9 @@ def test_ps_tells_why_an_instance_failed_or_waits(call: Call, gateway: fake.Fake
         )
     ]
     assert call("ps").out == (
-        "INSTANCE  MODEL           STATE    NODE   BACKEND        CONTEXT  DETAIL\n"
-        "1b6cf1e0  org/model-GGUF  failed   attic  llama_cpp-cpu  4096     out of memory\n"
-        "w         org/wait        pending  -      -              -        no node has 5.2 GiB?[2J\n"
+        "INSTANCE  MODEL           STATE    NODE   BACKEND        CONTEXT  MEMORY  DETAIL\n"
+        "1b6cf1e0  org/model-GGUF  failed   attic  llama_cpp-cpu  4096     -       out of memory\n"
+        "w         org/wait        pending  -      -              -        -       no node has 5.2 GiB?[2J\n"
     )
 
 
@@ -83,6 +86,8 @@ def test_ps_as_json_and_empty(call: Call, gateway: fake.FakeGateway):
             "backend": "llama_cpp-cpu",
             "context_length": 4096,
             "detail": "",
+            "loaded_bytes": 0,
+            "memory_ratio": None,
         }
     ]
 

@@ -1,6 +1,8 @@
 """Writes small GGUF files, and copies of real ones with other metadata. Independent of the reader under test.
 
 gguf_bytes(metadata, tensors)            a whole file, tensor data zero unless told
+write_gguf(path, metadata, tensors, ...) the same onto the disk, one tensor in memory at a time
+raw_pairs(path)                          a file's metadata pairs as they are written there
 llama_metadata()                         what a small llama's header says
 with_metadata(source, target, changes)   a copy with pairs changed, added or (None) removed
 vocabulary_file(...)                     a model of a vocabulary alone, as llama.cpp loads with vocab_only
@@ -17,11 +19,11 @@ from typing import Any, Final, NamedTuple
 
 ALIGNMENT: Final = 32
 _SIZES: Final = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_TYPE_BYTES: Final = {0: (1, 4), 1: (1, 2), 3: (32, 20), 8: (32, 34), 12: (256, 144)}
+_TYPE_BYTES: Final = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 8: (32, 34), 12: (256, 144), 14: (256, 210)}
 
 
 class Tensor(NamedTuple):
-    """A tensor to write; ``type_number`` of ggml: 0 F32, 1 F16, 3 Q4_1, 8 Q8_0, 12 Q4_K."""
+    """A tensor to write; ``type_number`` of ggml: 0 F32, 1 F16, 2 Q4_0, 3 Q4_1, 8 Q8_0, 12 Q4_K, 14 Q6_K."""
 
     name: str
     shape: tuple[int, ...]
@@ -92,16 +94,53 @@ def gguf_bytes(
     values: Callable[[Tensor], bytes] = zeros,
 ) -> bytes:
     """A whole file; ``values`` gives each tensor's data."""
-    head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(metadata))
-    head += b"".join(pair(key, value) for key, value in metadata.items())
     data = bytearray()
+    for tensor in tensors:
+        data += values(tensor)
+        data += padding(len(data))
+    return gguf_head(metadata, tensors, version=version) + bytes(data)
+
+
+def gguf_head(
+    metadata: Mapping[str, Any], tensors: Sequence[Tensor], *, version: int = 3, raw: Mapping[str, bytes] | None = None
+) -> bytes:
+    """All that comes before the tensors' data; ``raw``: pairs of another file, see `raw_pairs`."""
+    pairs = {key: pair(key, value) for key, value in metadata.items()} | dict(raw or {})
+    head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(pairs)) + b"".join(pairs.values())
+    offset = 0
     for tensor in tensors:
         head += text(tensor.name) + struct.pack("<I", len(tensor.shape))
         head += struct.pack(f"<{len(tensor.shape)}Q", *tensor.shape)
-        head += struct.pack("<IQ", tensor.type_number, len(data))
-        data += values(tensor)
-        data += padding(len(data))
-    return head + padding(len(head)) + bytes(data)
+        head += struct.pack("<IQ", tensor.type_number, offset)
+        offset += tensor.size_bytes + len(padding(tensor.size_bytes))
+    return head + padding(len(head))
+
+
+def write_gguf(
+    path: Path,
+    metadata: Mapping[str, Any],
+    tensors: Sequence[Tensor],
+    *,
+    raw: Mapping[str, bytes] | None = None,
+    values: Callable[[Tensor], bytes] | None = None,
+) -> Path:
+    """A whole file on the disk. Without ``values`` the data are a hole: zeros that take no room."""
+    with path.open("wb") as file:
+        file.write(gguf_head(metadata, tensors, raw=raw))
+        for tensor in tensors:
+            body = b"" if values is None else values(tensor)
+            file.write(body)
+            gap = tensor.size_bytes - len(body) + len(padding(tensor.size_bytes))
+            file.seek(gap, 1)
+        file.truncate(file.tell())
+    return path
+
+
+def raw_pairs(path: Path) -> dict[str, bytes]:
+    """Metadata pairs of a file by key, each as it is written there."""
+    with path.open("rb") as file:
+        head = file.read(32 * 1024 * 1024)
+    return _pairs(head, struct.unpack_from("<Q", head, 16)[0])[0]
 
 
 def llama_metadata(**changes: Any) -> dict[str, Any]:

@@ -78,6 +78,17 @@ def devices() -> tuple[Device, ...]:
     return tuple(found)
 
 
+def free_bytes(compute: str) -> int:
+    """Memory that is free now on a compute's devices, where only the devices themselves can tell; else 0.
+
+    AMD's and Intel's kernel drivers tell what each process has (`skulk.telemetry.processes`), and a device in main
+    memory is part of what the process takes there.
+    """
+    if compute not in ("cuda", "rocm"):
+        return 0
+    return sum(device.free_bytes for device in devices() if device.registry in REGISTRIES[compute])
+
+
 def device_list(compute: str) -> Any:
     """The NULL-terminated array for ``llama_model_params.devices``; for ``cpu`` it is empty: no GPU is touched.
 

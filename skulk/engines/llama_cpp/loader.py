@@ -11,7 +11,9 @@ import logging
 import os
 from typing import Any, Final
 
-from skulk.engines.llama_cpp.devices import device_list
+import msgspec
+
+from skulk.engines.llama_cpp.devices import device_list, free_bytes
 from skulk.engines.llama_cpp.engine import LlamaCppEngine
 from skulk.engines.llama_cpp.failures import context_failure, load_failure
 from skulk.engines.llama_cpp.layout import Layout, kv_type_of, layout_of
@@ -38,6 +40,8 @@ def load(spec: LoadSpec, progress: Progress) -> LlamaCppEngine:
     kv_type = kv_type_of(spec.kv_type)
     _check_file(spec, progress)
     lib = library()
+    compute = spec.backend.partition("-")[2]
+    free_before = free_bytes(compute)
     model = _load_model(lib, spec, progress)
     context: int | None = None
     prompter: Prompter | None = None
@@ -48,6 +52,7 @@ def load(spec: LoadSpec, progress: Progress) -> LlamaCppEngine:
         vocabulary = Vocabulary(model)
         template = _template_of(lib, model)
         info = _info(lib, model, context, spec, layout, vocabulary, has_template=template is not None)
+        info = msgspec.structs.replace(info, device_bytes=max(0, free_before - free_bytes(compute)))
         prompter = Prompter(vocabulary, template, info.n_ctx)
         prompter.start()
         engine = LlamaCppEngine(
@@ -120,6 +125,9 @@ def _load_model(lib: Any, spec: LoadSpec, progress: Progress) -> int:
     devices = device_list(compute)
     params.devices = ctypes.cast(devices, ctypes.c_void_p)
     params.n_gpu_layers = 0 if compute == "cpu" else spec.gpu_layers
+    if compute == "cpu":
+        # llama.cpp repacks weights for the processor; a mapped file would stay in memory beside the repacked ones.
+        params.load_mode = lib.LLAMA_LOAD_MODE_NONE
     watch = _ProgressWatch(progress)
     callback = lib.llama_progress_callback(watch.take)
     params.progress_callback = callback

@@ -9,11 +9,13 @@ from __future__ import annotations
 import atexit
 import ctypes
 import functools
+import hashlib
 import importlib
 import importlib.metadata
 import logging
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
 from skulk.errors import StartError
@@ -128,6 +130,13 @@ def package_version() -> str:
         return importlib.metadata.version("llama-cpp-python")
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def build_id() -> str:
+    """Names this very build: its version and its files by name, size and date."""
+    folder = Path(library().__file__).with_name("lib")
+    files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.glob("*"))
+    return hashlib.sha256(f"{engine_version()} {files}".encode()).hexdigest()[:16]
 
 
 def engine_version() -> str:

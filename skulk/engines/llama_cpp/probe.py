@@ -10,7 +10,7 @@ import sys
 import msgspec
 
 from skulk.engines.llama_cpp.devices import REGISTRIES, Device, devices
-from skulk.engines.llama_cpp.native import engine_version, library, package_version
+from skulk.engines.llama_cpp.native import build_id, engine_version, library, package_version
 from skulk.engines.llama_cpp.threads import physical_cores
 from skulk.errors import StartError
 
@@ -23,6 +23,8 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
         gpu_offload: GPU support is compiled in, whether or not a GPU is there.
         computes: what can be served here and now: ``cpu``, and each GPU backend with a device.
         cores: physical cores within affinity and quota.
+        build: names the installed build.
+        process_bytes: of a runner that has loaded this library and no model; 0: whoever asked doesn't know.
     """
 
     installed: bool
@@ -34,6 +36,8 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[Device, ...] = ()
     cores: int = 1
     system_info: str = ""
+    build: str = ""
+    process_bytes: int = 0
 
 
 def computes_of(found: tuple[Device, ...]) -> tuple[str, ...]:
@@ -53,6 +57,7 @@ def probe() -> Probe:
         installed=True,
         package_version=package_version(),
         version=engine_version(),
+        build=build_id(),
         gpu_offload=bool(lib.llama_supports_gpu_offload()),
         computes=computes_of(found),
         devices=found,

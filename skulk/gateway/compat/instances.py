@@ -85,9 +85,21 @@ def runner_json(status: RunnerStatus | None) -> dict[str, Any]:
         return {"RunnerIdle": {}}
     tag = _tag(status.phase, is_busy=status.active + status.waiting > 0)
     body: dict[str, Any] = {"progress": status.progress} if tag == "RunnerLoading" else {}
+    if status.loaded_bytes and tag in ("RunnerReady", "RunnerRunning"):
+        body["memory"] = _memory_json(status)
     if tag == "RunnerFailed":
         body["errorMessage"] = "no reason is known" if status.error is None else status.error.detail
     return {tag: body}
+
+
+def _memory_json(status: RunnerStatus) -> dict[str, Any]:
+    """What it took after its load, against the estimate; the ratio is null where nothing was estimated."""
+    expected, loaded = status.expected_bytes, status.loaded_bytes
+    return {
+        "expectedBytes": expected,
+        "loadedBytes": loaded,
+        "ratio": round(loaded / expected, 3) if expected else None,
+    }
 
 
 def _tag(phase: RunnerPhase, *, is_busy: bool) -> str:

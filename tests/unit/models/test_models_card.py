@@ -44,6 +44,45 @@ def test_a_card_of_a_plain_header() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("changes", "every_token", "window"),
+    [
+        ({}, 4 * 64, 0),
+        ({"sliding_window": 512}, 4 * 64, 0),  # which layers is not known: all keep everything
+        ({"sliding_window": 512, "sliding_window_pattern": 2}, 4 * 64, 2 * 64),
+        ({"sliding_window": 512, "sliding_window_pattern": 1}, 4 * 64, 0),
+        ({"sliding_window": 512, "sliding_window_pattern": -3}, 4 * 64, 0),
+        ({"sliding_window": 512, "sliding_window_pattern": [1, 1, 1, 0]}, 4 * 64, 3 * 64),
+        ({"sliding_window": 512, "sliding_window_pattern": [1, 1]}, 4 * 64, 0),
+        ({"sliding_window_pattern": 2}, 4 * 64, 0),
+        ({"sliding_window": 512, "sliding_window_pattern": 2, "key_length_swa": 4}, 2 * 64 + 2 * 48, 2 * 48),
+    ],
+)
+def test_layers_with_a_window_are_told_apart(changes: dict[str, Any], every_token: int, window: int) -> None:
+    own = {f"llama__attention__{key}": value for key, value in changes.items()}
+    card = card_of(header_of(llama_metadata(**own)))
+    assert card.kv_bytes_per_token == every_token
+    assert card.window_kv_bytes_per_token == window
+    assert card.window == (512 if window else 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 0),
+        ({"feed_forward_length": 256}, 3 * 256 + 4 * 64),
+        ({"feed_forward_length": [128, 256, 256, 128]}, 3 * 256 + 4 * 64),
+        ({"expert_used_count": 8, "expert_feed_forward_length": 32}, 6 * 8 * 32 + 4 * 64),
+        ({"expert_used_count": 8, "expert_feed_forward_length": 8}, 2 * 8 * (64 + 8)),
+        ({"expert_used_count": 2, "feed_forward_length": 256}, 6 * 512 + 4 * 64),
+        ({"ssm__inner_size": 128}, 4 * 64 + 3 * 128),
+    ],
+)
+def test_activations_of_one_row(changes: dict[str, Any], expected: int) -> None:
+    own = {f"llama__{key}": value for key, value in changes.items()}
+    assert card_of(header_of(llama_metadata(**own))).activations == expected
+
+
 def test_the_file_type_names_the_quantization_where_the_name_does_not() -> None:
     assert card_of(header_of(llama_metadata()), name="model.gguf").quantization == "Q4_1"
     assert card_of(header_of(llama_metadata(general__file_type=999)), name="model.gguf").quantization == ""
