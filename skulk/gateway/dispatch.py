@@ -49,6 +49,7 @@ from skulk.wire.state import Instance
 log = logging.getLogger("skulk.gateway")
 
 SETTLE_S: Final = 3.0
+MAX_RUNS: Final = 8192
 MAX_WAITING: Final = 256
 MAX_ATTEMPTS: Final = 16
 MAX_RESUMPTIONS: Final = 2
@@ -110,6 +111,10 @@ class Dispatcher:
         Raises:
             SkulkError: see the module's table.
         """
+        if len(self._runs) >= MAX_RUNS:
+            raise UnavailableError(
+                "overloaded", f"{MAX_RUNS} requests are open at this node; ask another one, or later", retry_after_s=2
+            )
         self._crashes.check(generation)
         run = Run(new_id(), generation, self._clock.now() + timeout_s, self._clock, self._find_next)
         self._runs[run.request_id] = run
