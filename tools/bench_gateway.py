@@ -19,9 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import psutil
@@ -166,7 +167,7 @@ def pairs(load: Load, streams: int, rounds: int) -> tuple[list[Round], list[Roun
     return ours[1:], bare[1:]
 
 
-def added(ours: Sequence[Round], bare: Sequence[Round], figure: Any) -> float:
+def added(ours: Sequence[Round], bare: Sequence[Round], figure: Callable[[Round], float]) -> float:
     """Median over the rounds of the difference within a round."""
     return statistics.median(figure(one) - figure(other) for one, other in zip(ours, bare, strict=True))
 
@@ -189,9 +190,9 @@ def latency(streams: Sequence[int], rates: Sequence[float], tokens: int, rounds:
         ours, bare = pairs(Load(tokens=tokens, rate=rate), count, rounds)
         lost = sum(len(one.heard) - len(one.whole) for one in (*ours, *bare))
         figures = [
-            added(ours, bare, lambda one, name=name, share=share: getattr(one, name)(share))
-            for name in ("ttft", "wait", "gap")
-            for share in (0.5, 0.99)
+            added(ours, bare, figure)
+            for kind in (Round.ttft, Round.wait, Round.gap)
+            for figure in (partial(kind, share=0.5), partial(kind, share=0.99))
         ]
         cpu_us = statistics.median(1e6 * one.cpu_s / max(1, one.tokens) for one in ours)
         rss = max(one.rss_bytes for one in ours) / MIB

@@ -15,7 +15,7 @@ import msgspec
 from skulk.batching.ranges import check_sampling
 from skulk.batching.requests import BatchRequest, Lane, RequestKey
 from skulk.errors import RequestError, UnavailableError
-from skulk.wire.generation import ChatPrompt, Generate, TextPrompt, TokenPrompt
+from skulk.wire.generation import ChatPrompt, Generate, InfillPrompt, TextPrompt, TokenPrompt
 
 MAX_CHOICES: Final = 128
 MAX_STOPS: Final = 16
@@ -211,6 +211,8 @@ def _check_prompt(generate: Generate, shape: BatchShape) -> None:
         case TokenPrompt(tokens=tokens):
             _require(bool(tokens), "prompt", "the prompt is empty; send at least one token of text")
             _check_ids(tokens, "prompt", shape)
+        case InfillPrompt():
+            pass
     if generate.resume is not None:
         _check_ids(generate.resume.prompt_tokens, "resume", shape)
         choices = generate.resume.choices

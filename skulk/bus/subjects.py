@@ -30,6 +30,7 @@ from skulk.wire.commands import (
     Snapshot,
     SnapshotRequest,
 )
+from skulk.wire.embedding import Detokenize, Detokenized, Embed, Embedded, Tokenize, Tokenized
 from skulk.wire.events import EventRecord
 from skulk.wire.generation import Accepted, Alive, Cancel, Cancelled, Chunk, Generate, Resend, Resent, Retire, Retired
 from skulk.wire.model import ModelCard
@@ -188,6 +189,11 @@ RUNNER_GENERATE: Final = Endpoint("generate", "runner.generate.{runner}", Genera
 RUNNER_CANCEL: Final = Endpoint("cancel", "runner.cancel.{runner}", Cancel, Cancelled, service="runner")
 RUNNER_RESEND: Final = Endpoint("resend", "runner.resend.{runner}", Resend, Resent, service="runner")
 RUNNER_RETIRE: Final = Endpoint("retire", "runner.retire.{runner}", Retire, Retired, service="runner")
+RUNNER_EMBED: Final = Endpoint("embed", "runner.embed.{runner}", Embed, Embedded, service="runner")
+RUNNER_TOKENIZE: Final = Endpoint("tokenize", "runner.tokenize.{runner}", Tokenize, Tokenized, service="runner")
+RUNNER_DETOKENIZE: Final = Endpoint(
+    "detokenize", "runner.detokenize.{runner}", Detokenize, Detokenized, service="runner"
+)
 TRANSFER_PART: Final = Endpoint("part", "transfer.part.{owner}", PartRequest, bytes, service="transfer")
 
 CHANNELS: Final[tuple[Channel[Any], ...]] = (NODE_BEAT, MASTER_BEAT, GATEWAY_BEAT, EVENT, RUNNER_STATUS, STREAM, ALIVE)
@@ -211,6 +217,9 @@ ENDPOINTS: Final[tuple[Endpoint[Any, Any], ...]] = (
     RUNNER_CANCEL,
     RUNNER_RESEND,
     RUNNER_RETIRE,
+    RUNNER_EMBED,
+    RUNNER_TOKENIZE,
+    RUNNER_DETOKENIZE,
     TRANSFER_PART,
 )
 

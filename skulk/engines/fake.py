@@ -9,6 +9,7 @@ cut after ``answer_tokens``; a resumed request therefore goes on as the first on
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -20,12 +21,14 @@ import msgspec
 from skulk.batching.step import StepPlan, StepResult
 from skulk.engines.protocol import EngineInfo, LoadCancelled, LoadSpec, Progress
 from skulk.errors import RequestError, ServiceError
-from skulk.wire.generation import ChatPrompt, Prompt, Sampling, TextPrompt, TokenPrompt
+from skulk.wire.embedding import EmbedInput, RankPair
+from skulk.wire.generation import ChatPrompt, InfillPrompt, Prompt, Sampling, TextPrompt, TokenPrompt
 
 END: Final = 256
 START: Final = 257
 VOCABULARY_SIZE: Final = 258
 BYTES_PER_TOKEN: Final = 8
+EMBEDDING_SIZE: Final = 8
 _HANG_S: Final = 24 * 3600.0
 _TEXT: Final = "the river runs past Köln and 東京 to a quiet sea where 🦊 foxes sleep under old trees"
 _WORDS: Final = tuple(_TEXT.split())
@@ -44,6 +47,7 @@ class FakeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         fail_at_step: this step raises ``runner_failed``.
         abort_at_step: this step ends the process like a crash in native code.
         hang_at_step: this step doesn't come back.
+        pooling: the engine gives vectors of 8 numbers instead of text, ``rank``: scores.
         once_marker: a path; crash, failure and hang happen only while no such file exists, and make it.
     """
 
@@ -55,6 +59,7 @@ class FakeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     fail_at_step: int | None = None
     abort_at_step: int | None = None
     hang_at_step: int | None = None
+    pooling: str = ""
     once_marker: str | None = None
 
 
@@ -84,6 +89,8 @@ class FakeEngine:
                 pass
             case TokenPrompt(tokens=tokens):
                 return tokens
+            case InfillPrompt(prefix=prefix, suffix=suffix):
+                text = f"{prefix}\0{suffix}"
             case _:
                 assert_never(prompt)
         return (*text.encode("utf-8", "replace"), START)
@@ -162,8 +169,38 @@ class FakeEngine:
     def forget(self, parked: int) -> None:
         self._parked.pop(parked, None)
 
+    def input_tokens(self, one: EmbedInput) -> tuple[int, ...]:
+        match one:
+            case RankPair(query=query, document=document):
+                return tuple(f"{query}\0{document}".encode())
+            case TextPrompt(text=text):
+                return tuple(text.encode("utf-8", "replace"))
+            case TokenPrompt(tokens=tokens):
+                return tokens
+
     def embed(self, inputs: Sequence[Sequence[int]]) -> list[list[float]]:
-        raise RequestError("invalid_request", "the fake engine has no embeddings; ask another model.", param="model")
+        """Vectors, or scores, that are a function of the ids alone."""
+        if not self._options.pooling:
+            raise RequestError("invalid_request", "the fake engine was told to generate text.", param="model")
+        self._steps += 1
+        self._misbehave()
+        if self._options.step_s > 0:
+            self._sleep(self._options.step_s)
+        return [self._vector(tokens) for tokens in inputs]
+
+    def _vector(self, tokens: Sequence[int]) -> list[float]:
+        digest = hashlib.blake2b(msgspec.json.encode(list(tokens)), digest_size=EMBEDDING_SIZE).digest()
+        if self._options.pooling == "rank":
+            return [digest[0] / 255]
+        length = math.sqrt(sum(byte * byte for byte in digest)) or 1.0
+        return [byte / length for byte in digest]
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> tuple[int, ...]:
+        del parse_special
+        return (*text.encode("utf-8", "replace"), *((START,) if add_special else ()))
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        return bytes(token for token in tokens if token < END).decode("utf-8", "replace")
 
     def set_threads(self, count: int) -> None:
         assert count > 0
@@ -235,6 +272,8 @@ class FakeLoader:
             is_unified=spec.kv_cells < spec.n_parallel * spec.context_length,
             reuse="cut",
             token_bytes=BYTES_PER_TOKEN,
+            pooling=options.pooling,
+            embedding_size=0 if not options.pooling else 1 if options.pooling == "rank" else EMBEDDING_SIZE,
         )
         return FakeEngine(options, info, self._sleep)
 

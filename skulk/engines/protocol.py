@@ -18,6 +18,7 @@ import msgspec
 
 from skulk.batching.admission import Reuse
 from skulk.batching.step import StepPlan, StepResult
+from skulk.wire.embedding import EmbedInput
 from skulk.wire.generation import Prompt, Sampling
 
 FlashAttention = Literal["auto", "on", "off"]
@@ -36,6 +37,7 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
         n_threads: 0: physical cores.
         gpu_layers: -1: all where the backend is a GPU; ignored on CPU.
         park_bytes: host memory for states that are set aside, for whoever can go on from them.
+        embeds: the model gives vectors or scores, no text.
     """
 
     path: str
@@ -51,6 +53,7 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
     flash_attention: FlashAttention = "auto"
     kv_type: str = "f16"
     park_bytes: int = 0
+    embeds: bool = False
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,6 +69,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
         shares_cells: sequences of a unified cache can hold the same cells; else `share` fills as many again.
         state_bytes: what a parked state takes, and ``token_bytes`` more for each of its tokens.
         n_threads: of the processor that it computes with; 0: it computes elsewhere.
+        pooling: how tokens become one vector, ``rank``: one score; empty: the model generates text.
+        embedding_size: numbers of a vector.
         device_bytes: what the load took of a device that tells it of no process (CUDA, ROCm); 0: nothing, or see there.
         cell_s: seconds that a cell of a unified cache, used or not, adds to each row of a decode step; 0: unknown.
     """
@@ -88,6 +93,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     n_threads: int = 0
     device_bytes: int = 0
     cell_s: float = 0.0
+    pooling: str = ""
+    embedding_size: int = 0
 
 
 class Engine(Protocol):
@@ -161,11 +168,31 @@ class Engine(Protocol):
         ...
 
     def embed(self, inputs: Sequence[Sequence[int]]) -> list[list[float]]:
-        """One vector for each input's ids, pooled as the model wants it.
+        """One vector of length 1 for each input's ids, pooled as the model wants it; of pairs one score each.
+
+        Args:
+            inputs: at most ``n_parallel``, each of 1 to ``n_ctx`` tokens, ``n_batch`` tokens in all.
 
         Raises:
             RequestError: ``invalid_request``: this model has no embeddings to give.
+            ServiceError: ``runner_failed``: the engine can't go on; the process should end.
         """
+        ...
+
+    def input_tokens(self, one: EmbedInput) -> Sequence[int]:
+        """The ids of an input for `embed`, with the tokens that the model wants around a text. Any thread.
+
+        Raises:
+            RequestError: ``invalid_request``: not for this model.
+        """
+        ...
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> Sequence[int]:
+        """The ids of a text. Any thread."""
+        ...
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of ids that are the model's, special ones by their names. Any thread."""
         ...
 
     def set_threads(self, count: int) -> None:

@@ -25,12 +25,14 @@ from skulk.errors import UnavailableError
 from skulk.gateway.cards import Cards
 from skulk.gateway.dispatch import Dispatcher
 from skulk.gateway.doors import DOORS, Doors, doors_middleware, read_keys
+from skulk.gateway.embeddings import ASKER
 from skulk.gateway.errors import error_middleware, name_request
 from skulk.gateway.instances import placeable
 from skulk.gateway.keys import BUS, CARDS, CLOCK, DISPATCHER, MASTERS, METRICS, REPLICA, SPEC
 from skulk.gateway.loading import Loads
 from skulk.gateway.masters import Masters
 from skulk.gateway.metrics import Metrics
+from skulk.gateway.questions import Asker
 from skulk.gateway.routes import add_routes
 from skulk.gateway.stores import STORES, Stores
 from skulk.models.catalogue import Catalogue
@@ -98,7 +100,9 @@ def build_app(spec: GatewaySpec, bus: Bus, catalogue: Catalogue, clock: Clock) -
     async def card_of(model_id: str) -> ModelCard:
         return placeable(await stores.known(model_id, param="model", may_ask_hub=spec.auto_place == "any"))
 
-    app[DISPATCHER] = Dispatcher(bus, replica, inbox, clock, spec, Loads(masters, replica, spec.auto_place, card_of))
+    loads = Loads(masters, replica, spec.auto_place, card_of)
+    app[DISPATCHER] = Dispatcher(bus, replica, inbox, clock, spec, loads)
+    app[ASKER] = Asker(bus, replica, clock, load_wait_s=spec.load_wait_s, place=loads.place)
     app[METRICS] = Metrics()
     app[DOORS] = Doors((spec.node_name, socket.gethostname()), spec.allowed_hosts, keys)
     app[FAULTS] = Faults()
@@ -127,6 +131,7 @@ async def _collect(app: web.Application) -> AsyncIterator[None]:
 async def _dispatch(app: web.Application) -> AsyncIterator[None]:
     yield
     await app[DISPATCHER].close()
+    await app[ASKER].close()
 
 
 async def _beat(app: web.Application) -> AsyncIterator[None]:

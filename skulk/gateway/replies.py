@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from aiohttp import web
@@ -9,6 +10,6 @@ from aiohttp import web
 from skulk.wire.base import encode
 
 
-def json_response(body: Any, *, status: int = 200) -> web.Response:
+def json_response(body: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
     """``body`` as JSON."""
-    return web.Response(body=encode(body), status=status, content_type="application/json")
+    return web.Response(body=encode(body), status=status, headers=headers, content_type="application/json")

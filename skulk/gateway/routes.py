@@ -7,7 +7,7 @@ from typing import Final
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from skulk.gateway import chat, downloads, drains, generations, instances, models, nodes
+from skulk.gateway import chat, downloads, drains, embeddings, generations, instances, models, nodes
 from skulk.gateway.keys import SPEC
 from skulk.gateway.replies import json_response
 
@@ -52,6 +52,10 @@ ROUTES: Final[tuple[tuple[str, str, Handler], ...]] = (
     ("POST", "/v1/chat/completions", chat.chat_completions),
     ("POST", "/bench/chat/completions", chat.bench_chat_completions),
     ("POST", "/v1/completions", chat.completions),
+    ("POST", "/v1/embeddings", embeddings.embeddings),
+    ("POST", "/v1/rerank", embeddings.rerank),
+    ("POST", "/tokenize", embeddings.tokenize),
+    ("POST", "/detokenize", embeddings.detokenize),
     ("POST", "/v1/cancel/{command_id}", generations.cancel),
 )
 

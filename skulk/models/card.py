@@ -33,7 +33,8 @@ _NO_TEXT: Final = {
     "clip": "a projector (the vision or audio part of another model)",
     "t5encoder": "an encoder",
 }
-# Architectures that answer with vectors whatever their pooling says.
+# Architectures that answer with vectors whatever their pooling says, and keep no cache: all tokens of a text see each
+# other in one pass.
 _EMBEDDERS: Final = frozenset(
     {
         "bert",
@@ -155,7 +156,7 @@ def card_from_gguf(
         quantization=parse_file_name(name.rsplit("/", 1)[-1]).quantization or file_type,
         context_length=context_length,
         weights_bytes=sum(part.weights_bytes for part in headers),
-        kv_bytes_per_token=sizes.kv_bytes_per_token,
+        kv_bytes_per_token=0 if architecture in _EMBEDDERS else sizes.kv_bytes_per_token,
         window=sizes.window,
         window_kv_bytes_per_token=sizes.window_kv_bytes_per_token,
         recurrent_bytes=sizes.recurrent_bytes,

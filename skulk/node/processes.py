@@ -178,6 +178,7 @@ class LocalMachine:
                 flash_attention=settings.flash_attention,
                 kv_type=settings.kv_type,
                 park_bytes=assignment.memory.park_bytes,
+                embeds=wanted.instance.request.card.embeds,
             ),
             request_timeout_s=settings.request_timeout_s,
             step_timeout_s=settings.step_timeout_s,

@@ -41,6 +41,7 @@ from skulk.wire.state import Assignment
 
 DEFAULT_PARALLEL: Final = 16
 MAX_PARALLEL: Final = 256
+SERVED_TASKS: Final = frozenset({"TextGeneration", "TextEmbedding"})
 """``LLAMA_MAX_SEQ``: a llama.cpp context holds no more sequences."""
 NAMED_NODES: Final = 5
 """The most nodes that a reason names one by one; the reports have them all."""
@@ -152,9 +153,10 @@ def _impossible(request: PlacementRequest) -> str:
     asked, limit = request.context_length, context_limit(card)
     if asked is not None and not 1 <= asked <= limit:
         return f"context_length is {asked:,}; {card.model_id} takes 1 to {limit:,} tokens."
-    if "TextGeneration" not in card.tasks:
+    if not SERVED_TASKS.intersection(card.tasks):
         return (
-            f"{card.model_id} answers with {', '.join(card.tasks) or 'nothing'}, not with text; choose another model."
+            f"{card.model_id} answers with {', '.join(card.tasks) or 'nothing'}, not with text or embeddings; choose "
+            "another model."
         )
     if not card.backends:
         return f"The card of {card.model_id} accepts no backend; name at least one in its 'backends'."

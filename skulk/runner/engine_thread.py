@@ -36,6 +36,7 @@ from skulk.errors import RequestError, ServiceError, SkulkError
 from skulk.runner.reports import (
     Add,
     Command,
+    EmbedBatch,
     EndRequest,
     Failed,
     Loaded,
@@ -45,6 +46,7 @@ from skulk.runner.reports import (
     SetThreads,
     Stepped,
     Stopped,
+    Vectors,
 )
 from skulk.wire.base import ErrorBody
 from skulk.wire.generation import Sampling
@@ -223,6 +225,9 @@ class EngineThread:
                 return end_request(self._state, key, now, reason=reason, error=error)
             case SetThreads(count):
                 engine.set_threads(count)
+                return Changed(self._state)
+            case EmbedBatch(id=number, inputs=inputs):
+                self._report(Vectors(number, tuple(map(tuple, engine.embed(inputs)))))
                 return Changed(self._state)
             case _:
                 assert_never(command)

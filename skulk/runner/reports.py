@@ -32,7 +32,14 @@ class SetThreads(msgspec.Struct, frozen=True):
     count: int
 
 
-Command = Add | EndRequest | SetThreads
+class EmbedBatch(msgspec.Struct, frozen=True):
+    """Compute the vectors of these inputs in one call, before the next step."""
+
+    id: int
+    inputs: tuple[tuple[int, ...], ...]
+
+
+Command = Add | EndRequest | SetThreads | EmbedBatch
 
 
 class Loading(msgspec.Struct, frozen=True):
@@ -60,6 +67,13 @@ class Stepped(msgspec.Struct, frozen=True):
     outputs: tuple[Output, ...]
 
 
+class Vectors(msgspec.Struct, frozen=True):
+    """What came of an `EmbedBatch`."""
+
+    id: int
+    vectors: tuple[tuple[float, ...], ...]
+
+
 class Failed(msgspec.Struct, frozen=True):
     """The engine can't go on; the thread has ended, and with it every request that was added.
 
@@ -74,4 +88,4 @@ class Stopped(msgspec.Struct, frozen=True):
     """The thread has ended because it was asked to; the engine is closed."""
 
 
-Report = Loading | Loaded | Refused | Stepped | Failed | Stopped
+Report = Loading | Loaded | Refused | Stepped | Vectors | Failed | Stopped

@@ -34,11 +34,26 @@ from skulk.bus.subjects import (
 from skulk.clock import Clock
 from skulk.engines.protocol import Engine, EngineInfo
 from skulk.errors import ServiceError, SkulkError, UnavailableError
+from skulk.runner.embedding import EmbedDesk
 from skulk.runner.engine_thread import EngineThread, Load
 from skulk.runner.preparing import Preparer
-from skulk.runner.reports import Add, EndRequest, Failed, Loaded, Loading, Refused, Report, SetThreads, Stepped, Stopped
+from skulk.runner.reports import (
+    Add,
+    EndRequest,
+    Failed,
+    Loaded,
+    Loading,
+    Refused,
+    Report,
+    SetThreads,
+    Stepped,
+    Stopped,
+    Vectors,
+)
+from skulk.runner.shape import shape_of
 from skulk.runner.status import StatusBoard
 from skulk.runner.table import OpenRequest, RequestTable
+from skulk.runner.texts import check_generates
 from skulk.runner.threads import thread_share
 from skulk.wire.base import ErrorBody
 from skulk.wire.beats import NodeBeat
@@ -51,27 +66,6 @@ SETTLE_S: Final = 1.0
 FLUSH_S: Final = 0.5
 
 log = logging.getLogger(__name__)
-
-
-def shape_of(info: EngineInfo, spec: RunnerSpec) -> BatchShape:
-    """What the loaded engine can hold, by its own word where it differs from what was asked."""
-    load = spec.load
-    n_batch = max(info.n_batch, 2)
-    return BatchShape(
-        n_ctx=info.n_ctx,
-        kv_cells=max(info.kv_cells, info.n_ctx),
-        n_parallel=min(info.n_parallel, n_batch - 1),
-        n_batch=n_batch,
-        n_ubatch=min(load.n_ubatch, n_batch),
-        max_waiting=spec.max_waiting,
-        vocabulary_size=info.vocabulary_size,
-        is_unified=info.is_unified,
-        reuse=info.reuse,
-        shares_cells=info.shares_cells,
-        park_bytes=load.park_bytes,
-        state_bytes=info.state_bytes,
-        token_bytes=info.token_bytes,
-    )
 
 
 class Runner:
@@ -115,6 +109,9 @@ class Runner:
         self._refusal: SkulkError | None = None
         self._thread_ended = asyncio.Event()
         self._preparations: set[asyncio.Task[None]] = set()
+        self._desk = EmbedDesk(
+            self._ready, self._thread.submit, self._embeds_changed, default_timeout_s=spec.request_timeout_s
+        )
 
     async def run(self) -> int:
         """Serves until it is asked to stop or can't go on.
@@ -129,6 +126,7 @@ class Runner:
                 RUNNER_CANCEL: self._cancel,
                 RUNNER_RESEND: self._resend,
                 RUNNER_RETIRE: self._retire,
+                **self._desk.handlers,
             },
             metadata={"model": self._spec.model_id, "instance": self._spec.instance_id, "node": self._spec.node_id},
             runner=self._spec.runner_id,
@@ -181,7 +179,8 @@ class Runner:
         found = tuple(self._table.attempts(call.message.request_id))
         for request in found:
             self._end(request, StreamEnd(reason="cancelled"))
-        return Cancelled(request_id=call.message.request_id, was_running=bool(found))
+        was_running = bool(found) or self._desk.cancel(call.message.request_id)
+        return Cancelled(request_id=call.message.request_id, was_running=was_running)
 
     async def _resend(self, call: Call[Resend]) -> Resent:
         resent = self._outbox.resend(call.message)
@@ -190,14 +189,19 @@ class Runner:
 
     async def _retire(self, call: Call[Retire]) -> Retired:
         """What is open stays. After the answer that it is idle nothing comes in: nothing is in flight at the stop."""
-        is_idle = self.status.phase == "ready" and not self._table.open_requests()
+        is_idle = self.status.phase == "ready" and not (self._table.open_requests() or self._desk.open_calls)
         if is_idle:
             self._held_until = self._clock.now() + call.message.hold_s
         return Retired(runner_id=self._spec.runner_id, is_idle=is_idle)
 
+    def _embeds_changed(self) -> None:
+        self._note_load()
+        self._table.changed.set()
+
     def _enter(self, generate: Generate) -> OpenRequest:
         """Takes a new request in and starts to prepare it; refuses what can be refused without its tokens."""
         engine, shape = self._ready()
+        check_generates(engine.info, generate.model_id)
         check_fields(generate, shape)
         for older in self._table.attempts(generate.request_id):
             # Its gateway has given that attempt up: nobody reads its stream.
@@ -299,6 +303,7 @@ class Runner:
 
     def _finish_all(self, error: SkulkError) -> None:
         """Ends what is open without the engine thread, which is gone or doesn't answer."""
+        self._desk.fail_all(error)
         for request in self._table.open_requests():
             if request.state == "computing":
                 self._finish(request, StreamEnd(reason="error", error=ErrorBody.of(error)))
@@ -326,6 +331,8 @@ class Runner:
                 for output in outputs:
                     self._tell(output)
                 self._note_load()
+            case Vectors():
+                self._desk.took(report)
             case Failed(error, outputs):
                 for output in outputs:
                     self._tell(output)
@@ -351,7 +358,7 @@ class Runner:
                 assert_never(output)
 
     def _note_load(self) -> None:
-        self.status.note(active=self._table.active, waiting=self._table.waiting)
+        self.status.note(active=self._table.active + self._desk.open_calls, waiting=self._table.waiting)
 
     def _loaded(self, engine: Engine, shape: BatchShape) -> None:
         self._engine, self._shape = engine, shape
@@ -425,9 +432,9 @@ class Runner:
         """Lets running streams finish; what is open after that, or when asked again, ends with ``draining``."""
         self.status.enter("draining")
         await self._until(
-            lambda: self._is_hurried or self._over.done() or not self._table.open_requests(), self._spec.drain_timeout_s
+            lambda: self._is_hurried or self._over.done() or not self._has_work, self._spec.drain_timeout_s
         )
-        if self._over.done() or not self._table.open_requests():
+        if self._over.done() or not self._has_work:
             return
         error = UnavailableError("draining", "the runner was stopped before the answer was complete; ask again")
         for request in self._table.open_requests():
@@ -435,6 +442,10 @@ class Runner:
         await self._until(lambda: not self._table.open_requests(), ENDING_S)
         self._is_stuck = any(request.state == "computing" for request in self._table.open_requests())
         self._finish_all(error)
+
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._table.open_requests() or self._desk.open_calls)
 
     async def _end_thread(self) -> None:
         """Ends the engine thread, unless a native call keeps it; the process then ends with it inside."""

@@ -61,7 +61,14 @@ class TokenPrompt(Wire, frozen=True, kw_only=True, tag="tokens"):
     tokens: tuple[int, ...]
 
 
-Prompt: TypeAlias = ChatPrompt | TextPrompt | TokenPrompt
+class InfillPrompt(Wire, frozen=True, kw_only=True, tag="infill"):
+    """Text before and after a gap that the model is to fill; only for models with tokens for it."""
+
+    prefix: str
+    suffix: str
+
+
+Prompt: TypeAlias = ChatPrompt | TextPrompt | TokenPrompt | InfillPrompt
 
 
 class Sampling(Wire, frozen=True, kw_only=True):

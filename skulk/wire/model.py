@@ -78,6 +78,11 @@ class ModelCard(Wire, frozen=True, kw_only=True):
     companions: tuple[ModelFile, ...] = ()
 
     @property
+    def embeds(self) -> bool:
+        """Whether it gives vectors or scores, and no text."""
+        return "TextGeneration" not in self.tasks
+
+    @property
     def all_files(self) -> tuple[ModelFile, ...]:
         """Weights, projector and companions."""
         return (*self.files, *(() if self.projector is None else (self.projector,)), *self.companions)

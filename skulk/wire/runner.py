@@ -34,6 +34,7 @@ class RunnerLoad(Wire, frozen=True, kw_only=True):
         n_threads: 0: physical cores.
         gpu_layers: -1: all where the backend is a GPU.
         park_bytes: host memory for states that are set aside.
+        embeds: the model gives vectors or scores, no text.
     """
 
     path: str
@@ -49,6 +50,7 @@ class RunnerLoad(Wire, frozen=True, kw_only=True):
     flash_attention: Literal["auto", "on", "off"] = "auto"
     kv_type: str = "f16"
     park_bytes: int = 0
+    embeds: bool = False
 
 
 class RunnerSpec(Wire, frozen=True, kw_only=True):

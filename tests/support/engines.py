@@ -31,7 +31,9 @@ def small_spec(path: Path | None = None, **changes: Any) -> LoadSpec:
 
 
 def load_small(path: Path | None = None, **changes: Any) -> LlamaCppEngine:
-    return load(small_spec(path, **changes), lambda _: True)
+    engine = load(small_spec(path, **changes), lambda _: True)
+    assert isinstance(engine, LlamaCppEngine)
+    return engine
 
 
 class Stepper:

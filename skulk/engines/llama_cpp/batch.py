@@ -67,6 +67,18 @@ class Batch:
         self._native.n_tokens = end
         return sampled
 
+    def fill_whole(self, inputs: Sequence[Sequence[int]]) -> None:
+        """Writes whole texts, each into the slot of its place, all of their tokens as outputs."""
+        end = 0
+        for slot, tokens in enumerate(inputs):
+            start, end = end, end + len(tokens)
+            assert end <= self.capacity, f"{end} tokens in a batch of {self.capacity}"
+            self._tokens[start:end] = tokens
+            self._positions[start:end] = self._counting[: end - start]
+            self._pointers[start:end] = self._addresses[slot]
+        self._outputs[:end] = 1
+        self._native.n_tokens = end
+
     def _fill_many(self, row: StepRow, start: int, end: int) -> None:
         self._tokens[start:end] = row.tokens
         np.add(self._counting[: end - start], row.start, out=self._positions[start:end])

@@ -31,6 +31,7 @@ from skulk.engines.llama_cpp.sampling import settle
 from skulk.engines.llama_cpp.vocabulary import Vocabulary
 from skulk.engines.protocol import EngineInfo
 from skulk.errors import RequestError, ServiceError
+from skulk.wire.embedding import EmbedInput
 from skulk.wire.generation import Prompt, Sampling
 
 _TIMED_STEPS: Final = 3
@@ -148,6 +149,23 @@ class LlamaCppEngine:
             "ask an embedding model.",
             param="model",
         )
+
+    def input_tokens(self, one: EmbedInput) -> tuple[int, ...]:
+        """See `Engine.input_tokens`; always refused, as `embed`."""
+        raise RequestError(
+            "invalid_request",
+            f"{type(one).__name__} came to a model that generates text ({self._info.architecture}); ask an embedding "
+            "model.",
+            param="model",
+        )
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> tuple[int, ...]:
+        """See `Engine.tokenize`."""
+        return self._vocabulary.tokenise(text, parse_special=parse_special, add_special=add_special)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """See `Engine.detokenize`."""
+        return self._vocabulary.detokenise(tokens)
 
     def set_threads(self, count: int) -> None:
         """See `Engine.set_threads`."""

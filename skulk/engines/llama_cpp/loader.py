@@ -9,11 +9,13 @@ import ctypes
 import hashlib
 import logging
 import os
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
 
 import msgspec
 
 from skulk.engines.llama_cpp.devices import device_list, free_bytes
+from skulk.engines.llama_cpp.embedder import LlamaCppEmbedder, open_embedder
 from skulk.engines.llama_cpp.engine import LlamaCppEngine
 from skulk.engines.llama_cpp.failures import context_failure, load_failure
 from skulk.engines.llama_cpp.layout import Layout, kv_type_of, layout_of
@@ -35,7 +37,7 @@ _MAGIC: Final = b"GGUF"
 _FLASH_ATTENTION: Final = {"auto": -1, "off": 0, "on": 1}
 
 
-def load(spec: LoadSpec, progress: Progress) -> LlamaCppEngine:
+def load(spec: LoadSpec, progress: Progress) -> LlamaCppEngine | LlamaCppEmbedder:
     """See `skulk.engines.protocol.Loader`. Blocks for as long as the weights take to load."""
     kv_type = kv_type_of(spec.kv_type)
     _check_file(spec, progress)
@@ -43,6 +45,29 @@ def load(spec: LoadSpec, progress: Progress) -> LlamaCppEngine:
     compute = spec.backend.partition("-")[2]
     free_before = free_bytes(compute)
     model = _load_model(lib, spec, progress)
+
+    def taken() -> int:
+        return max(0, free_before - free_bytes(compute))
+
+    if spec.embeds:
+        return _embedder(lib, model, spec, taken, progress)
+    return _generator(lib, model, spec, kv_type, taken, progress)
+
+
+def _embedder(lib: Any, model: int, spec: LoadSpec, taken: Callable[[], int], progress: Progress) -> LlamaCppEmbedder:
+    architecture = metadata(lib, model, "general.architecture") or ""
+    has_pooling = (metadata(lib, model, f"{architecture}.pooling_type") or "0") != "0"
+    try:
+        engine = open_embedder(model, spec, architecture, taken, has_pooling=has_pooling)
+    except BaseException:
+        lib.llama_model_free(model)
+        raise
+    return _ready(engine, progress)
+
+
+def _generator(
+    lib: Any, model: int, spec: LoadSpec, kv_type: int, taken: Callable[[], int], progress: Progress
+) -> LlamaCppEngine:
     context: int | None = None
     prompter: Prompter | None = None
     try:
@@ -52,7 +77,7 @@ def load(spec: LoadSpec, progress: Progress) -> LlamaCppEngine:
         vocabulary = Vocabulary(model)
         template = _template_of(lib, model)
         info = _info(lib, model, context, spec, layout, vocabulary, has_template=template is not None)
-        info = msgspec.structs.replace(info, device_bytes=max(0, free_before - free_bytes(compute)))
+        info = msgspec.structs.replace(info, device_bytes=taken())
         prompter = Prompter(vocabulary, template, info.n_ctx)
         prompter.start()
         engine = LlamaCppEngine(
@@ -74,7 +99,10 @@ def load(spec: LoadSpec, progress: Progress) -> LlamaCppEngine:
     return _ready(engine, progress)
 
 
-def _ready(engine: LlamaCppEngine, progress: Progress) -> LlamaCppEngine:
+E = TypeVar("E", LlamaCppEngine, LlamaCppEmbedder)
+
+
+def _ready(engine: E, progress: Progress) -> E:
     try:
         _go_on(progress)
         engine.warm_up()

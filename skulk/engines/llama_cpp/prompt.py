@@ -3,6 +3,7 @@
     ChatPrompt  ──shield──> template ──> segments ──tokenise──> ids   (template text: specials parsed; people's: not)
     TextPrompt  ──tokenise, no specials──> ids
     TokenPrompt ──checked──> ids
+    InfillPrompt ──> prefix mark, prefix, suffix mark, suffix, middle mark
 
 BOS is put in front where the vocabulary wants it and the template didn't.
 """
@@ -21,7 +22,7 @@ from skulk.engines.llama_cpp.vocabulary import Vocabulary
 from skulk.engines.shield import NONCE_DIGITS, Segment, Shield, SpecialTexts
 from skulk.engines.template import TemplateRenderer
 from skulk.errors import RequestError
-from skulk.wire.generation import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt, ToolCall
+from skulk.wire.generation import ChatMessage, ChatPrompt, InfillPrompt, Prompt, TextPrompt, TokenPrompt, ToolCall
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,10 @@ class Prompter:
                 self._check_size(len(text))
                 tokens = self._with_bos(self._vocabulary.tokenise(text, parse_special=False))
             case TokenPrompt(tokens=tokens):
-                self._check_ids(tokens)
+                self._vocabulary.check_ids(tokens, "the prompt")
+            case InfillPrompt():
+                self._check_size(len(prompt.prefix) + len(prompt.suffix))
+                tokens = self._with_bos(self._infill(prompt))
             case _:
                 assert_never(prompt)
         if not tokens:
@@ -140,6 +144,20 @@ class Prompter:
             tokens += self._vocabulary.tokenise(segment.text, parse_special=segment.is_trusted, is_start=index == 0)
         return tuple(tokens)
 
+    def _infill(self, prompt: InfillPrompt) -> tuple[int, ...]:
+        """Prefix, suffix, then the filling: the order that models with these tokens were trained on first."""
+        marks = self._vocabulary.infill
+        if marks is None:
+            raise RequestError(
+                "unsupported_field",
+                "suffix: this model has no tokens for infill (FIM); leave the field out, or ask a code model",
+                param="suffix",
+            )
+        before, after, filling = marks
+        prefix = self._vocabulary.tokenise(prompt.prefix, parse_special=False)
+        suffix = self._vocabulary.tokenise(prompt.suffix, parse_special=False)
+        return (before, *prefix, after, *suffix, filling)
+
     def _with_bos(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
         bos = self._vocabulary.bos
         if bos is None or not self._vocabulary.adds_bos or tokens[:1] == (bos,):
@@ -155,15 +173,6 @@ class Prompter:
                 f"the prompt has {characters} characters, which is at least {at_least} tokens; this instance's context "
                 f"length is {self._window}. Send less, or place the model with a longer context.",
                 param="messages",
-            )
-
-    def _check_ids(self, tokens: tuple[int, ...]) -> None:
-        wrong = next((token for token in tokens if not 0 <= token < self._vocabulary.size), None)
-        if wrong is not None:
-            raise RequestError(
-                "invalid_request",
-                f"the prompt holds token {wrong}; this model's tokens are 0 to {self._vocabulary.size - 1}.",
-                param="prompt",
             )
 
 

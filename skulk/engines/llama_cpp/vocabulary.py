@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any, Final
 
 from skulk.engines.llama_cpp.native import library
+from skulk.errors import RequestError
 
 # llama_token_attr of llama.h: texts of these are recognised only with parse_special.
 _ATTR_UNKNOWN: Final = 1 << 0
@@ -32,6 +34,9 @@ class Vocabulary:
         self.bos: int | None = self._token(self._lib.llama_vocab_bos)
         self.eos: int | None = self._token(self._lib.llama_vocab_eos)
         self.adds_bos: bool = self.bos is not None and bool(self._lib.llama_vocab_get_add_bos(self._vocab))
+        self.sep: int | None = self._token(self._lib.llama_vocab_sep)
+        self.adds_eos: bool = bool(self._lib.llama_vocab_get_add_eos(self._vocab))
+        self.adds_sep: bool = bool(self._lib.llama_vocab_get_add_sep(self._vocab))
         self._prefixes_space: bool = self._lib.llama_vocab_type(self._vocab) == _TYPE_SPM
         self._pieces: tuple[bytes, ...] = tuple(self._piece(token) for token in range(self.size))
         self.longest_piece_bytes: int = max((len(piece) for piece in self._pieces), default=1) or 1
@@ -40,6 +45,28 @@ class Vocabulary:
         )
 
         self.suppressed: tuple[int, ...] = self._suppressed()
+
+    @property
+    def infill(self) -> tuple[int, int, int] | None:
+        """The tokens before a gap's prefix, its suffix and its filling; None: the model knows no infill."""
+        marks = [self._token(get) for get in (self._lib.llama_vocab_fim_pre, self._lib.llama_vocab_fim_suf)]
+        prefix, suffix = marks
+        middle = self._token(self._lib.llama_vocab_fim_mid)
+        return None if prefix is None or suffix is None or middle is None else (prefix, suffix, middle)
+
+    def check_ids(self, tokens: Sequence[int], param: str) -> None:
+        """Refuses ids that aren't the model's.
+
+        Raises:
+            RequestError: ``invalid_request``.
+        """
+        wrong = next((token for token in tokens if not 0 <= token < self.size), None)
+        if wrong is not None:
+            raise RequestError(
+                "invalid_request",
+                f"{param} holds token {wrong}; this model's tokens are 0 to {self.size - 1}.",
+                param=param,
+            )
 
     def _suppressed(self) -> tuple[int, ...]:
         count = ctypes.c_int32(0)
@@ -79,16 +106,21 @@ class Vocabulary:
         """Whether the model ends its answer with this token (``llama_vocab_is_eog``)."""
         return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
 
-    def tokenise(self, text: str, *, parse_special: bool, is_start: bool = True) -> tuple[int, ...]:
-        """The ids of a text, without BOS or EOS.
+    def tokenise(
+        self, text: str, *, parse_special: bool, is_start: bool = True, add_special: bool = False
+    ) -> tuple[int, ...]:
+        """The ids of a text.
 
         Args:
+            add_special: with the tokens that the model wants around a text (BOS, EOS, CLS, SEP); else without.
             text: any text; surrogates that aren't characters become ``?``.
             parse_special: whether texts of control tokens become control tokens.
             is_start: False: more text stands before this one, so no space is put in front of it as SentencePiece
                 vocabularies do.
         """
         body = text.encode("utf-8", "replace")
+        if add_special:
+            return self._tokenise(body, parse_special=parse_special, add_special=True)
         if is_start or not self._prefixes_space:
             return self._tokenise(body, parse_special=parse_special)
         # A line feed is a token of its own in such vocabularies: it takes the space, and both go again.
@@ -102,13 +134,28 @@ class Vocabulary:
         """The ids of bytes that may be cut out of a text, without special tokens."""
         return self._tokenise(body, parse_special=False)
 
-    def _tokenise(self, body: bytes, *, parse_special: bool) -> tuple[int, ...]:
-        if not body:
+    def detokenise(self, tokens: Sequence[int]) -> str:
+        """The text of ids, special tokens by their names; bytes that are no characters are U+FFFD."""
+        if not tokens:
+            return ""
+        ids = (ctypes.c_int32 * len(tokens))(*tokens)
+        room = self.longest_piece_bytes * len(tokens) + 64
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            length: int = self._lib.llama_detokenize(self._vocab, ids, len(tokens), buffer, room, False, True)
+            if length >= 0:
+                return buffer.raw[:length].decode("utf-8", "replace")
+            room = -length
+
+    def _tokenise(self, body: bytes, *, parse_special: bool, add_special: bool = False) -> tuple[int, ...]:
+        if not body and not add_special:
             return ()
         room = len(body) + 8
         while True:
             tokens = (ctypes.c_int32 * room)()
-            count: int = self._lib.llama_tokenize(self._vocab, body, len(body), tokens, room, False, parse_special)
+            count: int = self._lib.llama_tokenize(
+                self._vocab, body, len(body), tokens, room, add_special, parse_special
+            )
             if count >= 0:
                 return tuple(tokens[:count])
             assert -count > room and count > -_INT32_MAX, "llama_tokenize asked for no more room than it had"

@@ -39,57 +39,59 @@ class Sorted(msgspec.Struct, frozen=True, kw_only=True):
     inert: tuple[str, ...]
 
 
-def _honoured(*names: str) -> dict[str, Field]:
+def honoured(*names: str) -> dict[str, Field]:
+    """Fields that are read."""
     return {name: Field(treatment="honoured") for name in names}
 
 
-def _inert(*names: str) -> dict[str, Field]:
+def inert(*names: str) -> dict[str, Field]:
+    """Fields that are accepted and do nothing."""
     return {name: Field(treatment="inert") for name in names}
 
 
-def _refused(name: str, needs: str, *harmless: Any) -> dict[str, Field]:
+def refused(name: str, needs: str, *harmless: Any) -> dict[str, Field]:
+    """A field that is refused, but for its harmless values."""
     return {name: Field(treatment="refused", needs=needs, harmless=harmless)}
 
 
-_SAMPLING: Final = _honoured(
+_SAMPLING: Final = honoured(
     *("temperature", "top_p", "top_k", "min_p", "typical_p", "repeat_penalty", "repeat_last_n"),
     *("presence_penalty", "frequency_penalty", "logit_bias", "seed"),
     *("top_n_sigma", "xtc_probability", "xtc_threshold", "mirostat", "mirostat_tau", "mirostat_eta"),
     *("dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers"),
 )
 _SHARED: Final = {
-    **_honoured("model", "stream", "stream_options", "max_tokens", "n", "stop", "ignore_eos"),
+    **honoured("model", "stream", "stream_options", "max_tokens", "n", "stop", "ignore_eos"),
     **_SAMPLING,
-    **_inert("user", "safety_identifier", "metadata", "store", "service_tier", "prediction", "verbosity"),
-    **_inert("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
-    **_refused("grammar", "grammars", ""),
-    **_refused("json_schema", "structured output"),
+    **inert("user", "safety_identifier", "metadata", "store", "service_tier", "prediction", "verbosity"),
+    **inert("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
+    **refused("grammar", "grammars", ""),
+    **refused("json_schema", "structured output"),
 }
 
 CHAT_FIELDS: Final[dict[str, Field]] = {
     **_SHARED,
-    **_honoured("messages", "max_completion_tokens", "enable_thinking", "reasoning_effort"),
-    **_inert("parallel_tool_calls"),
-    **_refused("tools", "tool calling", []),
-    **_refused("tool_choice", "tool calling", "none", "auto"),
-    **_refused("functions", "tool calling (and `tools` in place of the old `functions`)", []),
-    **_refused("function_call", "tool calling (and `tool_choice` in place of the old `function_call`)", "none", "auto"),
-    **_refused("response_format", "structured output", {"type": "text"}),
-    **_refused("logprobs", "log probabilities", False),
-    **_refused("top_logprobs", "log probabilities", 0),
-    **_refused("modalities", "other answers than text", ["text"]),
-    **_refused("audio", "spoken answers"),
-    **_refused("web_search_options", "web search"),
-    **_refused("moderation", "moderation"),
+    **honoured("messages", "max_completion_tokens", "enable_thinking", "reasoning_effort"),
+    **inert("parallel_tool_calls"),
+    **refused("tools", "tool calling", []),
+    **refused("tool_choice", "tool calling", "none", "auto"),
+    **refused("functions", "tool calling (and `tools` in place of the old `functions`)", []),
+    **refused("function_call", "tool calling (and `tool_choice` in place of the old `function_call`)", "none", "auto"),
+    **refused("response_format", "structured output", {"type": "text"}),
+    **refused("logprobs", "log probabilities", False),
+    **refused("top_logprobs", "log probabilities", 0),
+    **refused("modalities", "other answers than text", ["text"]),
+    **refused("audio", "spoken answers"),
+    **refused("web_search_options", "web search"),
+    **refused("moderation", "moderation"),
 }
 
 COMPLETION_FIELDS: Final[dict[str, Field]] = {
     **_SHARED,
-    **_honoured("prompt"),
-    **_refused("best_of", "picking the best of several answers", 1),
-    **_refused("echo", "echo", False),
-    **_refused("suffix", "infill", ""),
-    **_refused("logprobs", "log probabilities", False),
+    **honoured("prompt", "suffix"),
+    **refused("best_of", "picking the best of several answers", 1),
+    **refused("echo", "echo", False),
+    **refused("logprobs", "log probabilities", False),
 }
 
 
@@ -99,8 +101,8 @@ def sort_fields(body: dict[str, Any], table: dict[str, Field]) -> Sorted:
     Raises:
         RequestError: ``unsupported_field``, ``invalid_request``; ``param`` names the field.
     """
-    honoured: dict[str, Any] = {}
-    inert: list[str] = []
+    read: dict[str, Any] = {}
+    ignored: list[str] = []
     for name, value in body.items():
         field = table.get(name)
         if field is None:
@@ -113,9 +115,9 @@ def sort_fields(body: dict[str, Any], table: dict[str, Field]) -> Sorted:
             continue
         match field.treatment:
             case "honoured":
-                honoured[name] = value
+                read[name] = value
             case "inert":
-                inert.append(name)
+                ignored.append(name)
             case "refused":
                 if not any(_same(value, allowed) for allowed in field.harmless):
                     raise RequestError(
@@ -123,7 +125,7 @@ def sort_fields(body: dict[str, Any], table: dict[str, Field]) -> Sorted:
                         f"{name}: this version lacks {field.needs}; leave the field out",
                         param=name,
                     )
-    return Sorted(honoured=honoured, inert=tuple(inert))
+    return Sorted(honoured=read, inert=tuple(ignored))
 
 
 def _same(value: Any, allowed: Any) -> bool:

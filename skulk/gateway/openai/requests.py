@@ -17,7 +17,7 @@ from skulk.gateway.bodies import read_as
 from skulk.gateway.openai.fields import CHAT_FIELDS, COMPLETION_FIELDS, sort_fields
 from skulk.gateway.openai.messages import MessageIn, chat_messages
 from skulk.gateway.run import Generation
-from skulk.wire.generation import ChatPrompt, Limits, Prompt, Sampling, TextPrompt, TokenPrompt
+from skulk.wire.generation import ChatPrompt, InfillPrompt, Limits, Prompt, Sampling, TextPrompt, TokenPrompt
 from skulk.wire.model import ModelCard
 
 MAX_CHOICES: Final = 8
@@ -89,9 +89,10 @@ class ChatRequest(CommonRequest, frozen=True, kw_only=True):
 
 
 class CompletionRequest(CommonRequest, frozen=True, kw_only=True):
-    """``POST /v1/completions``."""
+    """``POST /v1/completions``. ``suffix``: what comes after the gap that the answer fills."""
 
     prompt: str | list[Any]
+    suffix: str | None = None
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,7 +140,10 @@ def read_completion(body: dict[str, Any], card: ModelCard) -> Asked:
     request = read_as(fields.honoured, CompletionRequest)
     # OpenAI's own default of this call, and only of this one
     max_tokens = 16 if request.max_tokens is None else request.max_tokens
-    return _asked(request, card, _text_prompt(request.prompt), max_tokens, fields.inert)
+    prompt = _text_prompt(request.prompt)
+    if request.suffix:
+        prompt = _infill(prompt, request.suffix)
+    return _asked(request, card, prompt, max_tokens, fields.inert)
 
 
 def model_of(body: dict[str, Any]) -> str:
@@ -162,6 +166,10 @@ def model_of(body: dict[str, Any]) -> str:
 def _asked(
     request: CommonRequest, card: ModelCard, prompt: Prompt, max_tokens: int | None, inert: tuple[str, ...]
 ) -> Asked:
+    if card.embeds:
+        raise RequestError(
+            "invalid_request", f"{card.model_id} generates no text; POST /v1/embeddings (or /v1/rerank)", param="model"
+        )
     options = request.stream_options
     if options is not None and not request.stream:
         raise RequestError("invalid_request", "stream_options needs stream: true", param="stream_options")
@@ -247,6 +255,12 @@ def _text_prompt(prompt: str | list[Any]) -> Prompt:
             )
         case _:
             raise RequestError("invalid_request", "prompt must be a text or an array of token ids", param="prompt")
+
+
+def _infill(prompt: Prompt, suffix: str) -> InfillPrompt:
+    if not isinstance(prompt, TextPrompt):
+        raise RequestError("invalid_request", "suffix needs a prompt of text, not of token ids", param="suffix")
+    return InfillPrompt(prefix=prompt.text, suffix=suffix)
 
 
 def _token_ids(tokens: Sequence[Any]) -> tuple[int, ...]:

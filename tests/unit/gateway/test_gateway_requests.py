@@ -12,9 +12,19 @@ from hypothesis import strategies as st
 
 from skulk.errors import RequestError
 from skulk.gateway.bodies import json_object, read_as
+from skulk.gateway.openai.embeddings import (
+    DETOKENIZE_FIELDS,
+    EMBEDDING_FIELDS,
+    RERANK_FIELDS,
+    TOKENIZE_FIELDS,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    RerankRequest,
+    TokenizeRequest,
+)
 from skulk.gateway.openai.fields import CHAT_FIELDS, COMPLETION_FIELDS, Field
 from skulk.gateway.openai.requests import ChatRequest, CompletionRequest, read_chat, read_completion
-from skulk.wire.generation import ChatMessage, ChatPrompt, FunctionCall, TextPrompt, TokenPrompt, ToolCall
+from skulk.wire.generation import ChatMessage, ChatPrompt, FunctionCall, InfillPrompt, TextPrompt, TokenPrompt, ToolCall
 from tests.support.states import card
 
 CARD = card()
@@ -37,7 +47,17 @@ def refused(body: dict[str, Any]) -> tuple[str, str | None]:
     return caught.value.code, caught.value.param
 
 
-@pytest.mark.parametrize(("table", "record"), [(CHAT_FIELDS, ChatRequest), (COMPLETION_FIELDS, CompletionRequest)])
+@pytest.mark.parametrize(
+    ("table", "record"),
+    [
+        (CHAT_FIELDS, ChatRequest),
+        (COMPLETION_FIELDS, CompletionRequest),
+        (EMBEDDING_FIELDS, EmbeddingRequest),
+        (RERANK_FIELDS, RerankRequest),
+        (TOKENIZE_FIELDS, TokenizeRequest),
+        (DETOKENIZE_FIELDS, DetokenizeRequest),
+    ],
+)
 def test_the_table_honours_exactly_what_the_struct_reads(table: dict[str, Field], record: Any) -> None:
     honoured = {name for name, field in table.items() if field.treatment == "honoured"}
     assert honoured == set(record.__struct_fields__)
@@ -344,10 +364,26 @@ def test_the_prompts_of_completions() -> None:
 
 def test_completions_default_to_sixteen_tokens() -> None:
     assert read_completion(completion(), CARD).generation.limits.max_tokens == 16
-    for name, value in (("echo", True), ("suffix", "x"), ("best_of", 2), ("logprobs", 0)):
+    for name, value in (("echo", True), ("best_of", 2), ("logprobs", 0)):
         with pytest.raises(RequestError) as caught:
             read_completion(completion(**{name: value}), CARD)
         assert (caught.value.code, caught.value.param) == ("unsupported_field", name)
+
+
+def test_a_suffix_makes_a_gap_to_fill() -> None:
+    gap = read_completion(completion(suffix=" ends."), CARD).generation.prompt
+    assert gap == InfillPrompt(prefix="Once", suffix=" ends.")
+    assert read_completion(completion(suffix=""), CARD).generation.prompt == TextPrompt(text="Once")
+    with pytest.raises(RequestError) as caught:
+        read_completion(completion(prompt=[1, 2], suffix="x"), CARD)
+    assert caught.value.param == "suffix"
+
+
+def test_a_model_that_gives_vectors_is_not_asked_for_text() -> None:
+    embedder = msgspec.structs.replace(CARD, tasks=("TextEmbedding",))
+    for read, body in ((read_chat, chat()), (read_completion, completion())):
+        with pytest.raises(RequestError, match="/v1/embeddings"):
+            read(body, embedder)
 
 
 JSON = st.recursive(

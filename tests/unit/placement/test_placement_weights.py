@@ -69,7 +69,12 @@ def test_the_disk_must_have_room_and_the_numbers_are_said(free_bytes: int, outco
     assert outcome == "placed" or "to fetch them its disk needs 607.4 MiB have 95.4 MiB" in report.detail
 
 
-def test_a_model_that_answers_with_vectors_is_not_placed_for_text() -> None:
-    embedder = msgspec.structs.replace(ON_HUB, tasks=("TextEmbedding",))
-    decision = decided(view_of(aaaa={"hub": True}), embedder)
-    assert (decision.outcome, "answers with TextEmbedding, not with text" in decision.reason) == ("unplaceable", True)
+def test_a_model_that_answers_with_something_else_is_not_placed() -> None:
+    speaker = msgspec.structs.replace(ON_HUB, tasks=("TextToSpeech",))
+    decision = decided(view_of(aaaa={"hub": True}), speaker)
+    assert (decision.outcome, "answers with TextToSpeech, not with text" in decision.reason) == ("unplaceable", True)
+
+
+def test_an_embedding_model_without_a_cache_is_placed() -> None:
+    embedder = msgspec.structs.replace(ON_HUB, tasks=("TextEmbedding",), kv_bytes_per_token=0)
+    assert decided(view_of(aaaa={"hub": True}), embedder).outcome == "placed"
