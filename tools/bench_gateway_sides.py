@@ -9,6 +9,7 @@ Each token's text is the time at which the engine gave it away: `time.monotonic`
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import re
 import sys
@@ -187,8 +188,15 @@ async def _hear_tokens(reader: asyncio.StreamReader, heard: Heard, asked_at: flo
 
 
 def main() -> None:
-    """One of the processes: ``engine URL LOAD``, ``bare LOAD``, ``client PORT STREAMS SPREAD_S``."""
-    match sys.argv[1:]:
+    """One of the processes."""
+    parser = argparse.ArgumentParser(
+        prog="tools/bench_gateway_sides.py",
+        description="A part of bench_gateway.py: engine URL LOAD, bare LOAD, or client PORT STREAMS SPREAD_S.",
+    )
+    parser.add_argument("part", choices=("engine", "bare", "client"))
+    parser.add_argument("told", nargs="+", help="what that part is told")
+    told = parser.parse_args()
+    match [told.part, *told.told]:
         case ["engine", url, load]:
             asyncio.run(serve_engine(url, msgspec.json.decode(load, type=Load)))
         case ["bare", load]:
@@ -197,7 +205,7 @@ def main() -> None:
             heard: Any = asyncio.run(listen(int(port), int(streams), float(spread_s)))
             sys.stdout.buffer.write(msgspec.json.encode(heard) + b"\n")
         case _:
-            raise SystemExit("this is a part of bench_gateway.py; see its --help")
+            parser.error(f"{told.part} takes other words")
 
 
 if __name__ == "__main__":

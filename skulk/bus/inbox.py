@@ -66,7 +66,7 @@ class StreamReader:
         self.healing: asyncio.Task[None] | None = None
         self.state: StreamState | None = None
         self.counted_from: float | None = None
-        self._pending = Pending()
+        self.pending = Pending()
         self._error: SkulkError | None = None
         self._is_read_out = False
         self._changed = asyncio.Event()
@@ -93,11 +93,11 @@ class StreamReader:
         assert not self._is_read_out, "a stream is not read beyond its end"
         if self.counted_from is None:
             self.begin_to_count()
-        if not self._pending:
+        if not self.pending:
             if self._error is not None:
                 raise self._error
             return []
-        ready = self._pending.take()
+        ready = self.pending.take()
         self._is_read_out = ready[-1].end is not None
         return ready
 
@@ -129,10 +129,10 @@ class StreamReader:
         if self.is_over:
             return
         for ready in self.sequence.feed(chunk):
-            self._pending.add(ready)
-        if self._pending:
+            self.pending.add(ready)
+        if self.pending:
             self._changed.set()
-        if self._pending.size_bytes > BUFFER_BYTES and not self.sequence.has_ended:
+        if self.pending.size_bytes > BUFFER_BYTES and not self.sequence.has_ended:
             self.is_overrun = True
             self._inbox.counters.overrun += 1
             self.fail(

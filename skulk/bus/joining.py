@@ -1,8 +1,10 @@
 """What a reader is behind with: its first chunks as they came, the later ones joined into what they say.
 
-up to `KEPT` chunks      each stays itself: who reads in time sees every token
-beyond                   one delta a choice, which grows
-the last chunk           stays itself
+up to `KEPT` chunks, or    each stays itself: who reads in time sees every token, a burst too
+`KEPT_BEHIND` where the
+reader can't go on
+beyond                     one delta a choice, which grows
+the last chunk             stays itself
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import msgspec
 
 from skulk.wire.generation import Chunk, FinishReason
 
-KEPT: Final = 64
+KEPT: Final = 1024
+KEPT_BEHIND: Final = 64
 _CHUNK_BYTES: Final = 64
 _TOKEN_BYTES: Final = 4
 
@@ -40,10 +43,16 @@ class _Delta:
 
 
 class Pending:
-    """Chunks that wait for their reader, in order within each choice. ``size_bytes``: about what they take."""
+    """Chunks that wait for their reader, in order within each choice.
+
+    Attributes:
+        size_bytes: about what they take.
+        is_behind: the reader can't go on: its client takes nothing.
+    """
 
     def __init__(self) -> None:
         self.size_bytes = 0
+        self.is_behind = False
         self._chunks: list[Chunk] = []
         self._deltas: dict[int, _Delta] = {}
         self._end: Chunk | None = None
@@ -53,7 +62,7 @@ class Pending:
 
     def add(self, chunk: Chunk) -> None:
         """Takes the next chunk of the stream."""
-        if len(self._chunks) < KEPT:
+        if not self._deltas and len(self._chunks) < (KEPT_BEHIND if self.is_behind else KEPT):
             self._chunks.append(chunk)
             self.size_bytes += _CHUNK_BYTES + _text_bytes(chunk.text)
             return

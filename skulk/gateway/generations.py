@@ -165,10 +165,14 @@ async def _write(request: web.Request, response: web.StreamResponse, run: Run, b
         # it takes what it is given: nothing to wait for, and no timer for each token
         await response.write(body)
         return
+    pending = run.current.reader.pending
+    pending.is_behind = True
     try:
         await run.within(response.write(body), STALLED_S)
     except TimeoutError:
         raise ServiceError("stream_lost", f"the client has taken nothing for {STALLED_S:.0f} s: read faster") from None
+    finally:
+        pending.is_behind = False
 
 
 async def _send_error(request: web.Request, response: web.StreamResponse, error: SkulkError) -> None:
