@@ -100,6 +100,7 @@ ERRORS: Final[dict[str, ErrorCode]] = {
     "invalid_message": _service(50203, 502, retryable=False),
     "hub_failed": _service(50204, 502),
     "download_failed": _service(50205, 502),
+    "backend_faulty": _service(50206, 502, retryable=False),
     "deadline_exceeded": _service(50401, 504),
     "config_invalid": _start(60001, 2),
     "port_in_use": _start(60002, 75),

@@ -53,6 +53,15 @@ def _up(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--greet", action="store_true", help="when started, let the model answer once on the terminal")
 
 
+def _doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--forgive",
+        metavar="BACKEND",
+        type=_filled,
+        help="first: take a backend out of quarantine, as llama_cpp-vulkan",
+    )
+
+
 def _chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="M", type=_filled, help="model id (default: a ready one, else the embedded one)"
@@ -136,7 +145,7 @@ COMMANDS: Final = (
         lists=True,
         arguments=_config,
     ),
-    Command(name="doctor", module="doctor", help="check this machine", talks=False, lists=True),
+    Command(name="doctor", module="doctor", help="check this machine", talks=False, lists=True, arguments=_doctor),
     Command(name="version", module="version", help="show the version", talks=False),
 )
 

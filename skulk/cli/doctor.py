@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
@@ -24,6 +25,9 @@ from skulk.engines.llama_cpp.probe import Probe
 from skulk.errors import StartError
 from skulk.logs import configure_logging
 from skulk.models.catalogue import Catalogue
+from skulk.node.quarantine import EXPIRES_S, forgive
+from skulk.node.quarantine import FILE as QUARANTINE
+from skulk.node.quarantine import read as read_quarantine
 from skulk.settings import Settings
 from skulk.supervision.nats_binary import check_version, find_nats_server
 from skulk.units import GIB, format_bytes
@@ -45,6 +49,9 @@ COLUMNS = (
 def run(context: Context) -> int:
     """Prints the findings; status 1 where one of them is a failure."""
     configure_logging("text", "error", "doctor")
+    if backend := context.arguments.forgive:
+        forgiven = forgive(Path(context.settings.home), backend)
+        note(f"{backend} is offered again" if forgiven else f"{backend} was not in quarantine")
     rows = list(checks(context.settings))
     print_rows(context, COLUMNS, rows, empty="nothing was checked")
     failed = [row.check for row in rows if row.verdict == "fail"]
@@ -66,6 +73,7 @@ def checks(settings: Settings) -> Iterable[Check]:
         yield check_nats_server(settings.nats_server)
     yield from check_peers(settings, node)
     yield check_engine(settings, probe_engine())
+    yield from check_quarantine(Path(settings.home), time.time())
     yield check_models(settings)
 
 
@@ -189,6 +197,19 @@ def check_engine(settings: Settings, probe: Probe) -> Check:
             remedy="Build llama-cpp-python with that backend, and check that its driver finds the device.",
         )
     return Check(check="llama.cpp", verdict="ok", detail=detail)
+
+
+def check_quarantine(home: Path, wall: float) -> Iterable[Check]:
+    """The backends that failed the test after a load; the running node tells which of them still hold for its build."""
+    for one in read_quarantine(home / QUARANTINE):
+        if 0 <= wall - one.at < EXPIRES_S:
+            yield Check(
+                check=one.backend,
+                verdict="warn",
+                detail=f"in quarantine for another {(EXPIRES_S - wall + one.at) / 3600:.0f} h: {one.reason}",
+                remedy="Check the driver and reinstall llama-cpp-python, which ends it; or try this build again: "
+                f"skulk doctor --forgive {one.backend}",
+            )
 
 
 def check_models(settings: Settings) -> Check:

@@ -40,6 +40,7 @@ from skulk.node.identity import NodeIdentity, load_identity
 from skulk.node.measuring import MachineMeter
 from skulk.node.node import Node, NodeRoles
 from skulk.node.processes import BusAddress, LocalMachine
+from skulk.node.quarantine import Quarantine
 from skulk.node.storage import StateFile, load_state, state_date
 from skulk.node.storehouse import Storehouse
 from skulk.settings import Settings
@@ -280,6 +281,7 @@ class _Launcher:
             models_dir=Path(settings.models_dir),
             declared=settings.backends,
             limit_bytes=settings.memory_limit_bytes,
+            quarantine=Quarantine(Path(settings.home)),
             engine=EngineFacts(ubatch=settings.ubatch, kv_type=settings.kv_type),
         )
         await meter.start()

@@ -19,6 +19,7 @@ from typing import Final, assert_never
 import msgspec
 
 from skulk.batching.step import StepPlan, StepResult
+from skulk.engines.canary import Recital
 from skulk.engines.protocol import EngineInfo, LoadCancelled, LoadSpec, Progress
 from skulk.errors import RequestError, ServiceError
 from skulk.wire.embedding import EmbedInput, RankPair
@@ -205,6 +206,10 @@ class FakeEngine:
     def set_threads(self, count: int) -> None:
         assert count > 0
 
+    def recite(self, text: str, count: int) -> Recital:
+        tokens = tuple(answer_of(text.encode(), "", count))
+        return Recital(tokens=tokens, margins=(1.0,) * len(tokens))
+
     def _put(self, slot: int, tokens: list[int]) -> None:
         self._tokens[slot] = tokens
 
@@ -261,6 +266,7 @@ class FakeLoader:
         info = EngineInfo(
             engine="fake",
             version="1",
+            build="fake",
             backend=spec.backend,
             architecture="fake",
             n_ctx=spec.context_length,

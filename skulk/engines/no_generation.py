@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from skulk.batching.step import StepPlan, StepResult
+from skulk.engines.canary import Recital
 from skulk.wire.generation import Prompt, Sampling
 
 
@@ -50,6 +51,10 @@ class NoGeneration:
 
     def restore(self, parked: int, slot: int, count: int) -> None:
         del parked, slot, count
+        _never()
+
+    def recite(self, text: str, count: int) -> Recital:
+        del text, count
         _never()
 
     def forget(self, parked: int) -> None:

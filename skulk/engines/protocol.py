@@ -18,6 +18,7 @@ import msgspec
 
 from skulk.batching.admission import Reuse
 from skulk.batching.step import StepPlan, StepResult
+from skulk.engines.canary import Recital
 from skulk.wire.embedding import EmbedInput
 from skulk.wire.generation import Prompt, Sampling
 
@@ -72,6 +73,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
         pooling: how tokens become one vector, ``rank``: one score; empty: the model generates text.
         embedding_size: numbers of a vector.
         device_bytes: what the load took of a device that tells it of no process (CUDA, ROCm); 0: nothing, or see there.
+        build: names the installed build of the library.
         cell_s: seconds that a cell of a unified cache, used or not, adds to each row of a decode step; 0: unknown.
     """
 
@@ -92,6 +94,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     token_bytes: int = 0
     n_threads: int = 0
     device_bytes: int = 0
+    build: str = ""
     cell_s: float = 0.0
     pooling: str = ""
     embedding_size: int = 0
@@ -199,6 +202,16 @@ class Engine(Protocol):
         """Computes with so many threads from the next step on, where the engine has threads of its own."""
         ...
 
+    def recite(self, text: str, count: int) -> Recital:
+        """Goes on greedily with a text, in the empty slot 0, up to so many tokens, and forgets them; see `canary`.
+
+        Engine thread, before anything was begun.
+
+        Raises:
+            ServiceError: ``runner_failed``: the engine can't compute.
+        """
+        ...
+
     def piece(self, token: int) -> bytes:
         """The bytes of a token's text; empty for control tokens. They may cut a character. Any thread."""
         ...
@@ -228,7 +241,8 @@ class Loader(Protocol):
 
         Raises:
             RequestError: ``model_file_invalid``: cut short, no GGUF, wrong hash, unknown architecture; with what to do.
-            ServiceError: ``runner_failed``: out of memory and the like, with the numbers.
+            ServiceError: ``runner_failed``: out of memory and the like, with the numbers; ``backend_faulty``: what it
+                computes are no numbers.
             StartError: ``engine_missing``: the engine's library isn't installed, with what to install.
             LoadCancelled: the callback said so.
         """

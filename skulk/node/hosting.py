@@ -3,7 +3,7 @@
     wanted ──> prepare (weights, hash) ──> admit (memory) ──> accepted ──> process, restarted by policy ──> stopped
       │               │    ^                   │                               │
       │               │    └── fetched <───────│───┐                           └──> failed, with its reason
-      │               └────────> refused <─────┘   │
+      │               └────────> refused <─────┘   │           (backend_faulty: refused, and the backend quarantined)
       └── no weights here: admit, accepted ──> fetch them
 
 A refused runner stays listed, so that the master reads the refusal; it goes when the state no longer wants it.
@@ -57,9 +57,10 @@ class RunnerProcess(Protocol):
 
 
 class Prepared(msgspec.Struct, frozen=True, kw_only=True):
-    """What a runner needs from this node's disk."""
+    """What a runner needs from this node's disk. ``weights``: the digest of the first file; empty: unknown."""
 
     path: str
+    weights: str = ""
 
 
 class MeasuredFacts(OwnFacts, Protocol):
@@ -90,6 +91,10 @@ class Host(Protocol):
 
     def supervise(self, wanted: Wanted, prepared: Prepared, on_exit: Callable[[ProcessReport], None]) -> RunnerProcess:
         """A supervised process that isn't running yet."""
+        ...
+
+    def quarantine(self, backend: str, reason: str) -> None:
+        """This node doesn't offer the backend from now on."""
         ...
 
 
@@ -250,6 +255,10 @@ class Hosting:
         runner.is_over = report.is_final
         # its own word, where it had one, says more than its exit status
         own = kept.error if kept.phase == "failed" and not report.is_final else None
+        if report.is_final and report.error.code == "backend_faulty":
+            self._host.quarantine(runner.wanted.assignment.backend, report.error.detail)
+            self._tell(runner, "refused", report.error)
+            return
         self._tell(runner, "failed", own or report.error)
 
     async def _stop(self, runner: _Runner) -> None:

@@ -13,6 +13,7 @@ import msgspec
 from skulk.clock import Clock
 from skulk.models.catalogue import Catalogue
 from skulk.node.node import Measured
+from skulk.node.quarantine import Quarantine, without
 from skulk.telemetry.backends import Advertised, probe_engine, tags_of
 from skulk.telemetry.gpus import accelerators
 from skulk.telemetry.host import disk_facts, load_average, system_facts
@@ -36,6 +37,7 @@ class MachineMeter:
         declared: backends that the operator declared; empty: detect.
         limit_bytes: the most that models may take here; 0: no limit.
         engine: how this node's runners are set up; what one takes without a model is measured here.
+        quarantine: backends that aren't offered though the engine has them.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class MachineMeter:
         models_dir: Path,
         declared: tuple[str, ...],
         limit_bytes: int,
+        quarantine: Quarantine,
         engine: EngineFacts = UNMEASURED,
     ) -> None:
         self._clock = clock
@@ -53,7 +56,8 @@ class MachineMeter:
         self._models_dir = models_dir
         self._declared = declared
         self._limit_bytes = limit_bytes
-        self._advertised = Advertised((), ())
+        self._probed = Advertised((), ())
+        self._quarantine = quarantine
         self._engine = engine
         self._build = ""
         self._gpus: tuple[Accelerator, ...] = ()
@@ -66,6 +70,14 @@ class MachineMeter:
     def tags(self) -> tuple[str, ...]:
         """The advertised backends."""
         return self._advertised.tags
+
+    def quarantine(self, backend: str, reason: str) -> None:
+        """Doesn't offer a backend from now on; see `skulk.node.quarantine` for the ways back."""
+        self._quarantine.add(backend, self._build, reason, self._clock.wall())
+
+    @property
+    def _advertised(self) -> Advertised:
+        return without(self._probed, self._quarantine.holding(self._build, self._clock.wall()))
 
     async def start(self) -> None:
         """Looks at everything once."""
@@ -81,17 +93,18 @@ class MachineMeter:
 
     async def measure(self, pids: Mapping[str, int]) -> Measured:
         """Facts as they are now; the file system and ``/proc`` are read in a thread."""
+        advertised = self._advertised
         memory, runner_bytes, disk = await asyncio.to_thread(self._measure, dict(pids))
         if self._system is None:
             self._system = await asyncio.to_thread(system_facts, self._gpus)
         return Measured(
-            tags=self._advertised.tags,
+            tags=advertised.tags,
             system=self._system,
             memory=memory,
             disk=disk,
             load=load_average(),
             models=self._models,
-            warnings=(*self._advertised.warnings, *self._problems),
+            warnings=(*advertised.warnings, *self._problems),
             runner_bytes=runner_bytes,
             engine=self._engine,
         )
@@ -108,7 +121,7 @@ class MachineMeter:
 
     async def _look_at_engine(self) -> None:
         found = await probe_engine(PROBE)
-        self._advertised = tags_of(self._declared, found)
+        self._probed = tags_of(self._declared, found)
         if found.build and found.build != self._build:
             # once for a build: what the kernel counts of shared libraries hangs on who else has them
             self._build = found.build

@@ -21,6 +21,7 @@ from skulk.node.downloads import Downloads
 from skulk.node.hosting import Prepared, ProcessReport, lost_process
 from skulk.node.measuring import MachineMeter
 from skulk.node.node import Measured
+from skulk.node.quarantine import CANARY_DIR
 from skulk.settings import Settings
 from skulk.supervision.child import ChildSpec, Ledger
 from skulk.supervision.restarts import GiveUp, RestartPolicy
@@ -113,7 +114,8 @@ class LocalMachine:
                 is_cancelled.set()
         if entry.card.format == "gguf" and wanted.assignment.backend.startswith("llama_cpp"):
             await self._headers.check(entry.paths)
-        return Prepared(path=str(entry.paths[0]))
+        weights = self._catalogue.known_digest(entry.paths[0]) or entry.card.files[0].sha256 or ""
+        return Prepared(path=str(entry.paths[0]), weights=weights)
 
     def _find(self, card: ModelCard, is_cancelled: threading.Event) -> CatalogueEntry:
         model_id = card.model_id
@@ -128,6 +130,10 @@ class LocalMachine:
         if self._downloads is not None:
             self._downloads.shelf.touch(model_id, time.time())
         return entry
+
+    def quarantine(self, backend: str, reason: str) -> None:
+        """This node doesn't offer the backend from now on."""
+        self._meter.quarantine(backend, reason)
 
     async def facts(self, pids: dict[str, int]) -> Measured:
         """Tags and memory, measured now."""
@@ -162,6 +168,8 @@ class LocalMachine:
             restarts=restarts,
             reserved_bytes=assignment.memory.need_bytes,
             expected_bytes=assignment.memory.expected_bytes,
+            weights=prepared.weights,
+            canary_dir=str(Path(settings.home) / CANARY_DIR),
             nats_url=self._address.url,
             user=self._address.user,
             password=self._address.password,

@@ -24,6 +24,7 @@ from skulk.engines.protocol import Engine, EngineInfo, LoadSpec, Progress
 from skulk.engines.registry import loader_for
 from skulk.errors import ServiceError, SkulkError, StartError
 from skulk.logs import configure_logging
+from skulk.runner.canary import listen_to
 from skulk.runner.runner import Runner
 from skulk.supervision.ready import announce_error, announce_ready, parent_gone, read_spec
 from skulk.wire.base import decode
@@ -97,7 +98,13 @@ async def serve(spec: RunnerSpec, parent: int) -> int:
         return EXIT_FAILED
 
     def load(progress: Progress) -> Engine:
-        return loader_for(spec.load.backend)(load_spec(spec), progress)
+        engine = loader_for(spec.load.backend)(load_spec(spec), progress)
+        try:
+            listen_to(engine, spec)
+        except BaseException:
+            engine.close()
+            raise
+        return engine
 
     runner = Runner(spec, bus, SystemClock(), load, on_ready=_announce_ready, on_refused=_announce_refusal)
     loop = asyncio.get_running_loop()

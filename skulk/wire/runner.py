@@ -62,6 +62,8 @@ class RunnerSpec(Wire, frozen=True, kw_only=True):
         reserved_bytes: memory that the node keeps for it.
         expected_bytes: what the placement estimated that it takes right after its load.
         nats_url: the node's own nats-server; ``user`` and ``password`` empty where it asks for none.
+        weights: names the content of the weights file; empty: nothing is known of it.
+        canary_dir: where the runner keeps what its engine recited (`skulk.engines.canary`); empty: nowhere.
         max_waiting: sequences that may wait for a slot; beyond it requests are refused with ``overloaded``.
         request_timeout_s: deadline of a request that names none.
         step_timeout_s: the longest step that the supervisor will bear; told here for the runner's log.
@@ -81,6 +83,8 @@ class RunnerSpec(Wire, frozen=True, kw_only=True):
     user: str = ""
     password: str = ""
     load: RunnerLoad
+    weights: str = ""
+    canary_dir: str = ""
     max_waiting: int = 64
     request_timeout_s: float = 600.0
     step_timeout_s: float = 120.0

@@ -69,6 +69,7 @@ class FakeMachine:
         runner_bytes: measured memory of runners, by id.
         measure_failure: what `measure` raises.
         measurable: cleared by a test, it holds every `measure` back.
+        quarantined: backends with their reasons.
         fetched: set by a test, it lets every `fetch` of missing weights end, with ``fetch_failure`` where that is set.
     """
 
@@ -90,6 +91,7 @@ class FakeMachine:
         self.fetching = asyncio.Event()
         self.fetched = asyncio.Event()
         self.fetch_failure: Exception | None = None
+        self.quarantined: dict[str, str] = {}
 
     async def prepare(self, wanted: Wanted) -> Prepared:
         del wanted
@@ -98,6 +100,9 @@ class FakeMachine:
         if self.refusal is not None:
             raise self.refusal
         return Prepared(path="model.gguf")
+
+    def quarantine(self, backend: str, reason: str) -> None:
+        self.quarantined[backend] = reason
 
     def has_weights(self, wanted: Wanted) -> bool:
         return wanted.instance.model_id in self.models

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,21 @@ from tests.support.runners import GATEWAY, RUNNER, WAIT_S, StatusWatch, Stream, 
 START_S = 60.0
 
 
-def child_of(spec: RunnerSpec) -> Child:
-    """A runner's process, not started."""
+FAULTY = Path(__file__).with_name("faulty_engine")
+
+
+def faulty_environment(told: Path) -> dict[str, str]:
+    """Variables under which runners' llama.cpp is faulty in the way that a file says (`faulty_engine`)."""
+    return {"PYTHONPATH": f"{FAULTY}:{ROOT}", "FAULTY_DECODE": str(told)}
+
+
+def child_of(spec: RunnerSpec, env: Mapping[str, str] | None = None) -> Child:
+    """A runner's process, not started; ``env``: variables besides."""
     return Child(
         ChildSpec(
             name=f"runner {spec.runner_id}",
             argv=(sys.executable, "-m", "skulk.runner"),
-            env={"PYTHONPATH": str(ROOT), "GOMP_SPINCOUNT": "1000", "GGML_NO_BACKTRACE": "1"},
+            env={"PYTHONPATH": str(ROOT), "GOMP_SPINCOUNT": "1000", "GGML_NO_BACKTRACE": "1", **(env or {})},
             stdin=encode(spec),
             ready_timeout_s=START_S,
             drain_s=10.0,

@@ -95,6 +95,7 @@ class Machine:
         self.refuses = False
         self.is_off = False
         self.beyond: str = ""
+        self.quarantined: dict[str, str] = {}
         self.on_ready: Callable[[Wanted], None] = lambda wanted: None
 
     def take(self, runner_id: str, size: int) -> None:
@@ -107,6 +108,9 @@ class Machine:
         if self.refuses:
             raise UnavailableError("refused_by_node", f"the download of {wanted.instance.model_id} failed")
         return Prepared(path="model.gguf")
+
+    def quarantine(self, backend: str, reason: str) -> None:
+        self.quarantined[backend] = reason
 
     def has_weights(self, wanted: Wanted) -> bool:
         del wanted

@@ -34,6 +34,10 @@ _MAX_VIEWS: Final = 1024
 _MAX_BREAKERS_KEPT: Final = 16
 
 
+class NoNumbers(ServiceError):
+    """The scores are no numbers: the weights are damaged, or the backend computes wrongly."""
+
+
 class Workbench:
     """What all chains of one engine share: scratch of a row's size, and what was found out about the vocabulary.
 
@@ -187,7 +191,7 @@ def _greedy(row: Logits) -> int:
 def _checked(peak: float) -> float:
     """The greatest logit, if it is a number; of NaN among them numpy makes the greatest."""
     if not math.isfinite(peak):
-        raise ServiceError(
+        raise NoNumbers(
             "runner_failed",
             f"the model's scores of the next token are no numbers (the greatest is {peak}): its weights are damaged, "
             "or this backend computes them wrongly. Verify the file, or place the model on another backend.",

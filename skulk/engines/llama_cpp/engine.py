@@ -19,8 +19,10 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
+import numpy as np
 
 from skulk.batching.step import StepPlan, StepResult, StepRow
+from skulk.engines.canary import TIMED_STEPS, Recital
 from skulk.engines.llama_cpp.batch import Batch
 from skulk.engines.llama_cpp.chain import SamplerChain, Workbench
 from skulk.engines.llama_cpp.layout import Layout, calls_of
@@ -28,11 +30,12 @@ from skulk.engines.llama_cpp.memory import SequenceMemory
 from skulk.engines.llama_cpp.native import forget_errors, library, recent_errors
 from skulk.engines.llama_cpp.prompt import Prompter
 from skulk.engines.llama_cpp.sampling import settle
+from skulk.engines.llama_cpp.threads import waited_s
 from skulk.engines.llama_cpp.vocabulary import Vocabulary
 from skulk.engines.protocol import EngineInfo
 from skulk.errors import RequestError, ServiceError
 from skulk.wire.embedding import EmbedInput
-from skulk.wire.generation import Prompt, Sampling
+from skulk.wire.generation import Prompt, Sampling, TextPrompt
 
 _TIMED_STEPS: Final = 3
 
@@ -265,6 +268,46 @@ class LlamaCppEngine:
             token = drawn.sampled[0]
             times.append(drawn.elapsed_s)
         return statistics.median(times) if times else 0.0
+
+    def recite(self, text: str, count: int) -> Recital:
+        """See `Engine.recite`."""
+        prompt = tuple(self.tokens_of(TextPrompt(text=text)))
+        room = min(count, self._info.n_ctx - len(prompt))
+        tokens: list[int] = []
+        margins: list[float] = []
+        times: list[float] = []
+        row = StepRow(slot=0, tokens=prompt, start=0, sample=True)
+        waited = 0.0
+        self.begin(0, Sampling(temperature=0.0), ())
+        try:
+            while len(tokens) < room:
+                result = self.run(StepPlan(rows=(row,)))
+                if tokens:
+                    times.append(result.elapsed_s)
+                else:
+                    waited = waited_s()
+                margins.append(self._margin())
+                token = result.sampled[0]
+                if self.is_end(token):
+                    break
+                tokens.append(token)
+                row = StepRow(slot=0, tokens=(token,), start=row.start + len(row.tokens), sample=True)
+        finally:
+            self.end(0)
+            self._memory.clear()
+        if len(times) < TIMED_STEPS:
+            return Recital(tokens=tuple(tokens), margins=tuple(margins))
+        return Recital(
+            tokens=tuple(tokens),
+            margins=tuple(margins),
+            step_s=statistics.median(times),
+            waited_s=(waited_s() - waited) / len(times),
+        )
+
+    def _margin(self) -> float:
+        """How far the two greatest scores of the last row are apart."""
+        second, first = np.partition(self._workbench.row(self._handle(), -1), -2)[-2:]
+        return float(first - second)
 
     def close(self) -> None:
         """See `Engine.close`; a second call does nothing."""

@@ -14,18 +14,19 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
+from skulk.engines.llama_cpp.chain import NoNumbers
 from skulk.engines.llama_cpp.devices import device_list, free_bytes
 from skulk.engines.llama_cpp.embedder import LlamaCppEmbedder, open_embedder
 from skulk.engines.llama_cpp.engine import LlamaCppEngine
 from skulk.engines.llama_cpp.failures import context_failure, load_failure
 from skulk.engines.llama_cpp.layout import Layout, kv_type_of, layout_of
-from skulk.engines.llama_cpp.native import engine_version, forget_errors, library, recent_errors
+from skulk.engines.llama_cpp.native import build_id, engine_version, forget_errors, library, recent_errors
 from skulk.engines.llama_cpp.prompt import Prompter
 from skulk.engines.llama_cpp.sampling import model_defaults
 from skulk.engines.llama_cpp.threads import physical_cores
 from skulk.engines.llama_cpp.vocabulary import Vocabulary
 from skulk.engines.protocol import EngineInfo, LoadCancelled, LoadSpec, Progress
-from skulk.errors import RequestError
+from skulk.errors import RequestError, ServiceError
 from skulk.units import MIB
 
 log = logging.getLogger(__name__)
@@ -106,6 +107,9 @@ def _ready(engine: E, progress: Progress) -> E:
     try:
         _go_on(progress)
         engine.warm_up()
+    except NoNumbers as error:
+        engine.close()
+        raise ServiceError("backend_faulty", error.detail) from error
     except BaseException:
         engine.close()
         raise
@@ -233,6 +237,7 @@ def _info(
     return EngineInfo(
         engine="llama_cpp",
         version=engine_version(),
+        build=build_id(),
         backend=spec.backend,
         architecture=metadata(lib, model, "general.architecture") or "",
         n_ctx=min(layout.window, int(lib.llama_n_ctx_seq(context))),

@@ -10,6 +10,7 @@ import psutil
 
 _CPUS = Path("/sys/devices/system/cpu")
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_OWN_TASKS = Path("/proc/self/task")
 
 
 def physical_cores(cpus_dir: Path = _CPUS, quota_file: Path = _CGROUP_QUOTA) -> int:
@@ -23,6 +24,17 @@ def physical_cores(cpus_dir: Path = _CPUS, quota_file: Path = _CGROUP_QUOTA) -> 
         return max(1, psutil.cpu_count(logical=False) or os.cpu_count() or 1)
     cores = {_core_of(cpus_dir, cpu) for cpu in allowed}
     return max(1, min(len(cores), _quota(quota_file) or len(cores)))
+
+
+def waited_s(tasks: Path = _OWN_TASKS) -> float:
+    """Seconds that this process' threads have waited for a processor, all of them together; 0 where nothing tells."""
+    total = 0
+    try:
+        for task in tasks.iterdir():
+            total += int((task / "schedstat").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    return total / 1e9
 
 
 def _allowed_cpus() -> set[int] | None:

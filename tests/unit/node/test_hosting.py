@@ -14,6 +14,7 @@ from skulk.bus.subjects import RUNNER_STATUS
 from skulk.cluster.reconcile import wanted_of
 from skulk.errors import RequestError
 from skulk.node.hosting import Hosting, ProcessReport, lost_process
+from skulk.wire.base import ErrorBody
 from skulk.wire.beats import RunnerPhase, RunnerStatus
 from skulk.wire.state import ClusterState
 from tests.support.control_plane import FakeMachine
@@ -230,3 +231,22 @@ async def test_the_end_of_the_node_stops_every_runner() -> None:
         await node.accepted()
     assert machine.processes[RUNNER].stopped.is_set()
     assert node.hosting.statuses() == ()
+
+
+async def test_a_faulty_backend_is_a_refusal_and_goes_into_quarantine() -> None:
+    async with hosted() as found:
+        await found.accepted()
+        error = ErrorBody(code="backend_faulty", detail="it scrambled")
+        found.machine.processes[RUNNER].on_exit(ProcessReport(error=error, restarts=0, is_final=True))
+        told = await found.until("refused")
+        assert told.error == error
+        assert found.machine.quarantined == {ASSIGNED.backend: "it scrambled"}
+
+
+async def test_other_final_failures_quarantine_nothing() -> None:
+    async with hosted() as found:
+        await found.accepted()
+        error = ErrorBody(code="runner_failed", detail="crashed")
+        found.machine.processes[RUNNER].on_exit(ProcessReport(error=error, restarts=5, is_final=True))
+        await found.until("failed")
+        assert found.machine.quarantined == {}

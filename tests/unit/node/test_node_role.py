@@ -18,6 +18,7 @@ from skulk.models.catalogue import Catalogue
 from skulk.node.identity import load_identity
 from skulk.node.measuring import MachineMeter
 from skulk.node.processes import SPINS_ALONE, SPINS_SHARED, BusAddress, LocalMachine, environment_of
+from skulk.node.quarantine import Quarantine
 from skulk.node.storage import StateFile, load_state
 from skulk.settings import Settings
 from skulk.wire.model import ModelFile
@@ -129,7 +130,9 @@ def test_a_newer_versions_state_is_read(tmp_path: Path) -> None:
 
 def machine_of(home: Path, catalogue: Catalogue, **changes: Any) -> LocalMachine:
     settings = msgspec.structs.replace(Settings(home=str(home), models_dir=str(home / "models")), **changes)
-    meter = MachineMeter(SystemClock(), catalogue, models_dir=home, declared=("cpu",), limit_bytes=0)
+    meter = MachineMeter(
+        SystemClock(), catalogue, models_dir=home, declared=("cpu",), limit_bytes=0, quarantine=Quarantine(home)
+    )
     return LocalMachine(settings, "aaaa", BusAddress(url="nats://127.0.0.1:1"), catalogue, meter, None)
 
 
