@@ -21,7 +21,18 @@ from skulk.wire.base import ErrorBody
 from skulk.wire.generation import ChatMessage, ChatPrompt, StreamEnd, TextPrompt
 from tests.support.child_processes import no_process_left
 from tests.support.failover import fake_runner, replicas
-from tests.support.http import END, MODEL, WAIT_S, FakeRunner, Gateway, chat_body, events_of, hold, running_gateway
+from tests.support.http import (
+    END,
+    MODEL,
+    WAIT_S,
+    FakeRunner,
+    Gateway,
+    chat_body,
+    events_of,
+    hold,
+    running_gateway,
+    two_words,
+)
 from tests.support.nats import NatsServer
 
 
@@ -247,13 +258,15 @@ async def test_a_runner_that_dies_ends_its_streams_with_an_error_object(gateway:
     assert (refused.status, refused.error["code"]) == (502, "runner_failed")
 
 
-async def test_a_runner_that_came_back_before_anybody_looked_lost_its_streams_too(gateway: Gateway) -> None:
+async def test_a_runner_that_came_back_before_anybody_looked_goes_on_in_its_next_life(gateway: Gateway) -> None:
     runner = await gateway.serve_model()
     runner.script = hold
     async with gateway.open_chat() as response, asyncio.timeout(WAIT_S):
         await _first_text(response)
+        runner.script = two_words
         await gateway.cluster.set_phase("i1", "ready", restarts=1)
-        assert events_of(await response.read())[-1]["error"]["code"] == "runner_failed"
+        assert events_of(await response.read())[-1] == "[DONE]"
+    assert [asked.resume is not None for asked in runner.asked] == [False, True]
 
 
 async def test_a_silent_runner_ends_its_streams_too(gateway: Gateway) -> None:
