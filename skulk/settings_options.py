@@ -243,7 +243,6 @@ OPTIONS: Final[tuple[Option, ...]] = (
         "SKULK_IDLE_TTL",
         SECONDS,
         "after this long without a request a model placed on demand is unloaded (default: 600)",
-        unserved="no idle model is unloaded yet",
     ),
     _option(
         "replace_after_s",

@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import msgspec
 
+from skulk.bus.joining import Pending
 from skulk.bus.port import Bus, BusState, Received, Subscription
 from skulk.bus.sequence import StreamSequence
 from skulk.bus.subjects import ALIVE, RUNNER_RESEND, STREAM
@@ -38,8 +39,6 @@ RESEND_TIMEOUT_S: Final = 0.5
 RESEND_PAUSE_S: Final = 0.1
 CONFIRM_TIMEOUT_S: Final = 1.0
 CONFIRMING_LIMIT: Final = 64
-
-_CHUNK_BYTES: Final = 64
 
 
 class InboxCounters(msgspec.Struct, kw_only=True):
@@ -67,8 +66,7 @@ class StreamReader:
         self.healing: asyncio.Task[None] | None = None
         self.state: StreamState | None = None
         self.counted_from: float | None = None
-        self._ready: list[Chunk] = []
-        self._ready_bytes = 0
+        self.pending = Pending()
         self._error: SkulkError | None = None
         self._is_read_out = False
         self._changed = asyncio.Event()
@@ -86,16 +84,31 @@ class StreamReader:
         Raises:
             SkulkError: the stream failed (see the module), after everything that had come in order was taken.
         """
+        while not (ready := self.ready()):
+            await self.wait()
+        return ready
+
+    def ready(self) -> list[Chunk]:
+        """As `take`, without waiting: empty where nothing is ready."""
         assert not self._is_read_out, "a stream is not read beyond its end"
-        self.begin_to_count()
-        while not self._ready:
+        if self.counted_from is None:
+            self.begin_to_count()
+        if not self.pending:
             if self._error is not None:
                 raise self._error
-            self._changed.clear()
-            await self._changed.wait()
-        ready, self._ready, self._ready_bytes = self._ready, [], 0
+            return []
+        ready = self.pending.take()
         self._is_read_out = ready[-1].end is not None
         return ready
+
+    async def wait(self) -> None:
+        """Returns when `ready` may tell something new."""
+        self._changed.clear()
+        await self._changed.wait()
+
+    def wake(self) -> None:
+        """Ends a `wait`."""
+        self._changed.set()
 
     async def close(self) -> None:
         """Releases it; the gateway cancels the request itself, where it still runs."""
@@ -116,11 +129,10 @@ class StreamReader:
         if self.is_over:
             return
         for ready in self.sequence.feed(chunk):
-            self._ready.append(ready)
-            self._ready_bytes += _CHUNK_BYTES + 4 * len(ready.text)
-        if self._ready:
+            self.pending.add(ready)
+        if self.pending:
             self._changed.set()
-        if self._ready_bytes > BUFFER_BYTES and not self.sequence.has_ended:
+        if self.pending.size_bytes > BUFFER_BYTES and not self.sequence.has_ended:
             self.is_overrun = True
             self._inbox.counters.overrun += 1
             self.fail(

@@ -32,7 +32,7 @@ from skulk.wire.commands import (
 )
 from skulk.wire.embedding import Detokenize, Detokenized, Embed, Embedded, Tokenize, Tokenized
 from skulk.wire.events import EventRecord
-from skulk.wire.generation import Accepted, Alive, Cancel, Cancelled, Chunk, Generate, Resend, Resent
+from skulk.wire.generation import Accepted, Alive, Cancel, Cancelled, Chunk, Generate, Resend, Resent, Retire, Retired
 from skulk.wire.model import ModelCard
 from skulk.wire.placement import PlacementDecision
 from skulk.wire.store import (
@@ -188,6 +188,7 @@ STORE_VERIFY: Final = Endpoint("verify", "store.verify.{node}", VerifyModel, Ver
 RUNNER_GENERATE: Final = Endpoint("generate", "runner.generate.{runner}", Generate, Accepted, service="runner")
 RUNNER_CANCEL: Final = Endpoint("cancel", "runner.cancel.{runner}", Cancel, Cancelled, service="runner")
 RUNNER_RESEND: Final = Endpoint("resend", "runner.resend.{runner}", Resend, Resent, service="runner")
+RUNNER_RETIRE: Final = Endpoint("retire", "runner.retire.{runner}", Retire, Retired, service="runner")
 RUNNER_EMBED: Final = Endpoint("embed", "runner.embed.{runner}", Embed, Embedded, service="runner")
 RUNNER_TOKENIZE: Final = Endpoint("tokenize", "runner.tokenize.{runner}", Tokenize, Tokenized, service="runner")
 RUNNER_DETOKENIZE: Final = Endpoint(
@@ -215,6 +216,7 @@ ENDPOINTS: Final[tuple[Endpoint[Any, Any], ...]] = (
     RUNNER_GENERATE,
     RUNNER_CANCEL,
     RUNNER_RESEND,
+    RUNNER_RETIRE,
     RUNNER_EMBED,
     RUNNER_TOKENIZE,
     RUNNER_DETOKENIZE,

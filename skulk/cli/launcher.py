@@ -306,7 +306,11 @@ class _Launcher:
             node_id=identity.node_id,
             incarnation=identity.incarnation,
             patience_s=ELECTION_PATIENCE_S if self._may_meet_others else 0.0,
-            rules=Rules(replace_after_s=settings.replace_after_s, default_parallel=settings.parallel),
+            rules=Rules(
+                replace_after_s=settings.replace_after_s,
+                default_parallel=settings.parallel,
+                idle_ttl_s=settings.idle_ttl_s,
+            ),
             persist=state_file.flush,
         )
         node = Node(

@@ -5,6 +5,7 @@ TermBegan             the position moves to the new term
 InstanceCreated       the instance is there, pending; made again, its epochs go on from its tombstone's
 InstanceAssigned      it belongs to a node; its epoch never falls
 InstanceUnassigned    it is pending again
+InstanceKept          it was placed on demand, and no longer leaves by itself
 InstanceDeleted       it is gone; its tombstone stays
 NodeDrainStarted      the node takes no new work
 NodeDrainEnded        it does again
@@ -25,6 +26,7 @@ from skulk.wire.events import (
     InstanceAssigned,
     InstanceCreated,
     InstanceDeleted,
+    InstanceKept,
     InstanceUnassigned,
     NodeDrainEnded,
     NodeDrainStarted,
@@ -93,6 +95,8 @@ def fold(state: ClusterState, record: EventRecord) -> ClusterState:
             changed = _assigned(state, event, position)
         case InstanceUnassigned():
             changed = _unassigned(state, event, position)
+        case InstanceKept():
+            changed = _kept(state, event, position)
         case InstanceDeleted():
             changed = _deleted(state, event, position)
         case NodeDrainStarted():
@@ -123,7 +127,7 @@ def _known_again(unknown: dict[str, Any], event: Event) -> dict[str, Any]:
             return pruned(unknown, "drains", event.drain.node_id)
         case TombstonesExpired():
             return reduce(lambda rest, name: pruned(rest, "tombstones", name), event.instance_ids, unknown)
-        case TermBegan() | NodeDrainEnded():
+        case TermBegan() | NodeDrainEnded() | InstanceKept():
             return unknown
 
 
@@ -158,6 +162,13 @@ def _unassigned(state: ClusterState, event: InstanceUnassigned, position: Positi
         return state
     changed = msgspec.structs.replace(instance, assignment=None, reason=event.reason, position=position)
     return _with_instance(state, changed)
+
+
+def _kept(state: ClusterState, event: InstanceKept, position: Position) -> ClusterState:
+    instance = state.instances.get(event.instance_id)
+    if instance is None:
+        return state
+    return _with_instance(state, msgspec.structs.replace(instance, on_demand=False, position=position))
 
 
 def _deleted(state: ClusterState, event: InstanceDeleted, position: Position) -> ClusterState:

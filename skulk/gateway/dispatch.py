@@ -49,6 +49,7 @@ from skulk.wire.state import Instance
 log = logging.getLogger("skulk.gateway")
 
 SETTLE_S: Final = 3.0
+MAX_RUNS: Final = 8192
 MAX_WAITING: Final = 256
 MAX_ATTEMPTS: Final = 16
 MAX_RESUMPTIONS: Final = 2
@@ -110,6 +111,10 @@ class Dispatcher:
         Raises:
             SkulkError: see the module's table.
         """
+        if len(self._runs) >= MAX_RUNS:
+            raise UnavailableError(
+                "overloaded", f"{MAX_RUNS} requests are open at this node; ask another one, or later", retry_after_s=2
+            )
         self._crashes.check(generation)
         run = Run(new_id(), generation, self._clock.now() + timeout_s, self._clock, self._find_next)
         self._runs[run.request_id] = run
@@ -277,15 +282,17 @@ class Dispatcher:
 
     async def _wait(self, run: Run, give_up_at: float) -> None:
         settled_at: float | None = None
+        was_on_demand = False
         while not self._is_draining:
             view, now = self._replica.view, self._clock.now()
             phases = _phases(view, run)
             if "ready" in phases.values():
                 return
             if not phases:
-                if run.away:
+                if run.away or was_on_demand:
                     return  # it has left because it was idle; what is asked for now is placed anew
                 raise not_placed(run.model_id)
+            was_on_demand = all(found.on_demand for found in instances_of(view, run.model_id))
             if set(phases.values()) & {"placing", "loading"}:
                 settled_at, limit = None, give_up_at
             else:

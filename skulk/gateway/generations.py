@@ -138,7 +138,7 @@ async def _stream(request: web.Request, run: Run, answer: Answer, headers: dict[
 
 async def _send_events(request: web.Request, response: web.StreamResponse, run: Run, answer: Answer) -> None:
     keep_alive_s = request.app[SPEC].keep_alive_s
-    await _write(response, run, sse.comment(f"command_id {run.request_id}"))
+    await _write(request, response, run, sse.comment(f"command_id {run.request_id}"))
     while run.end is None:
         chunks = await run.take(keep_alive_s)
         request.app[METRICS].chunks += len(chunks)
@@ -146,11 +146,11 @@ async def _send_events(request: web.Request, response: web.StreamResponse, run: 
         if events:
             # what is on its way to the client counts as read
             run.has_sent = run.has_sent or bool(chunks)
-            await _write(response, run, events)
+            await _write(request, response, run, events)
     _count_end(request, run.end)
     _raise_failure(run.end)
     stats = encode(stats_of(request, run, run.end)).decode()
-    await _write(response, run, answer.tail(run.end) + sse.comment(f"generation_stats {stats}") + sse.DONE)
+    await _write(request, response, run, answer.tail(run.end) + sse.comment(f"generation_stats {stats}") + sse.DONE)
     await response.write_eof()
 
 
@@ -158,12 +158,21 @@ def _joined(chunks: list[Chunk], answer: Answer) -> bytes:
     return b"".join(answer.event(chunk) for chunk in chunks)
 
 
-async def _write(response: web.StreamResponse, run: Run, body: bytes) -> None:
+async def _write(request: web.Request, response: web.StreamResponse, run: Run, body: bytes) -> None:
     """Writes; a client that takes nothing for `STALLED_S` is given up."""
+    transport = request.transport
+    if transport is not None and transport.get_write_buffer_size() == 0:
+        # it takes what it is given: nothing to wait for, and no timer for each token
+        await response.write(body)
+        return
+    pending = run.current.reader.pending
+    pending.is_behind = True
     try:
         await run.within(response.write(body), STALLED_S)
     except TimeoutError:
         raise ServiceError("stream_lost", f"the client has taken nothing for {STALLED_S:.0f} s: read faster") from None
+    finally:
+        pending.is_behind = False
 
 
 async def _send_error(request: web.Request, response: web.StreamResponse, error: SkulkError) -> None:

@@ -161,6 +161,8 @@ class Run(Stoppable):
         self._clock = clock
         self._find_next = find_next
         self._finding: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
 
     @property
     def model_id(self) -> str:
@@ -189,6 +191,12 @@ class Run(Stoppable):
         """Whether it is between two runners."""
         return self._finding is not None and not self._finding.done()
 
+    def stop(self, error: SkulkError) -> None:
+        """Ends every wait of now, and every later one, with ``error``."""
+        super().stop(error)
+        if self.attempt is not None:
+            self.attempt.reader.wake()
+
     def may_try(self, status: RunnerStatus | None) -> bool:
         """Whether a runner wasn't asked yet in its present life."""
         return status is not None and self.tried.get(status.runner_id) != life_of(status)
@@ -203,19 +211,25 @@ class Run(Stoppable):
                 told.
         """
         assert self.end is None, "the stream has ended"
-        self.raise_if_stopped()
-        left_s = self.deadline - self._clock.now()
-        try:
-            chunks = await self.within(self._chunks(), min(timeout_s, left_s))
-        except TimeoutError:
-            if self._clock.now() >= self.deadline:
-                raise self._too_late() from None
-            return []
-        self.end = chunks[-1].end
-        return chunks
+        due = min(self._clock.now() + timeout_s, self.deadline)
+        while True:
+            self.raise_if_stopped()
+            chunks = self._ready()
+            if chunks:
+                self.progress.note(chunks)
+                self.end = chunks[-1].end
+                return chunks
+            now = self._clock.now()
+            if now >= due:
+                if now >= self.deadline:
+                    raise self._too_late()
+                return []
+            await self._wait(due - now)
 
     async def close(self) -> None:
         """Ends the search for another runner, if one is under way."""
+        if self._timer is not None:
+            self._timer.cancel()
         finding, self._finding = self._finding, None
         if finding is not None:
             finding.cancel()
@@ -226,28 +240,54 @@ class Run(Stoppable):
         assert self._finding is not None, "a runner can be told"
         self._finding.cancel()
 
-    async def _chunks(self) -> list[Chunk]:
-        while True:
-            if self._finding is not None:
-                await asyncio.wait({self._finding})
-                found, self._finding = self._finding, None
-                if found.cancelled():
-                    return [self._cancelled()]
-                found.result()
-            try:
-                chunks = await self.current.reader.take()
-            except SkulkError as error:
-                if error.code not in _LOST or self.current.reader.is_overrun:
-                    raise
-                self._search(error)
-                continue
-            error = _loss(chunks[-1].end)
-            if error is not None:
-                self._search(error)
-                del chunks[-1]
-            if chunks:
-                self.progress.note(chunks)
-                return chunks
+    def _ready(self) -> list[Chunk]:
+        """What is ready now; begins the search for another runner where this one is lost."""
+        if self._finding is not None:
+            if not self._finding.done():
+                return []
+            found, self._finding = self._finding, None
+            if found.cancelled():
+                return [self._cancelled()]
+            found.result()
+        try:
+            chunks = self.current.reader.ready()
+        except SkulkError as error:
+            if error.code not in _LOST or self.current.reader.is_overrun:
+                raise
+            self._search(error)
+            return []
+        error = _loss(chunks[-1].end) if chunks else None
+        if error is not None:
+            self._search(error)
+            del chunks[-1]
+        return chunks
+
+    async def _wait(self, timeout_s: float) -> None:
+        """Waits until something may be ready, or the time is over.
+
+        One timer serves many waits: it is moved when it rings too early, which costs less than one for each token.
+        """
+        loop = asyncio.get_running_loop()
+        self._due = loop.time() + timeout_s
+        if self._timer is None or self._timer.when() > self._due:
+            self._arm(loop)
+        if self._finding is None:
+            await self.current.reader.wait()
+        else:
+            await asyncio.wait({self._finding}, timeout=timeout_s)
+
+    def _arm(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = loop.call_at(self._due, self._ring)
+
+    def _ring(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = None
+        if loop.time() < self._due:
+            self._arm(loop)
+        elif self.attempt is not None:
+            self.attempt.reader.wake()
 
     def _search(self, error: SkulkError) -> None:
         self._finding = asyncio.create_task(self._find_next(self, error), name=f"failover {self.request_id}")

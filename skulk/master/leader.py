@@ -17,6 +17,7 @@ from skulk.errors import RequestError, ServiceError, UnavailableError
 from skulk.ids import commanded_instance_id, ensured_instance_id, is_token
 from skulk.master.drains import drained_node
 from skulk.master.ledger import Ledger
+from skulk.master.retiring import Retiring
 from skulk.master.upkeep import (
     Rules,
     Upkeep,
@@ -38,7 +39,7 @@ from skulk.wire.commands import (
     PlacementReply,
     PlaceModel,
 )
-from skulk.wire.events import InstanceCreated, InstanceDeleted, InstanceUnassigned
+from skulk.wire.events import InstanceCreated, InstanceDeleted, InstanceKept, InstanceUnassigned
 from skulk.wire.placement import PlacementDecision, PlacementRequest
 from skulk.wire.state import Assignment, ClusterState, Instance, Position, Term
 
@@ -87,6 +88,17 @@ class Leader:
         self._upkeep = Upkeep(settles_at=clock.now() + SETTLE_S)
         self._placing: set[str] = set()
         self._ensured: set[str] = set()
+        self._retiring = Retiring(
+            bus,
+            replica,
+            clock,
+            self._ledger,
+            view=lambda: self.view,
+            waited=self._waiting.models,
+            idle_ttl_s=rules.idle_ttl_s,
+            default_parallel=rules.default_parallel,
+            is_busy=self._placing.__contains__,
+        )
 
     @property
     def state(self) -> ClusterState:
@@ -103,6 +115,7 @@ class Leader:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._ledger.run(), name="ledger")
             tasks.create_task(self._keep_up(), name="upkeep")
+            tasks.create_task(self._retiring.run(), name="retiring")
 
     def close(self) -> None:
         """Ends the term: what still runs can't write any more."""
@@ -130,7 +143,9 @@ class Leader:
         decision = await self._decide(request)
         if decision.outcome == "pending":
             raise UnavailableError("facts_pending", decision.reason, retry_after_s=5)
-        if decision.outcome == "unplaceable" and not command.ensure:
+        if decision.outcome == "unplaceable" and await self._retiring.make_room(request):
+            decision = self.preview(request)
+        if decision.outcome == "unplaceable" and not _stays_pending(command):
             raise RequestError("unplaceable", decision.reason)
         if command.ensure and (known := self._known(request.card.model_id)) is not None:
             return self._existing(command, known)
@@ -139,6 +154,7 @@ class Leader:
             request=request,
             reason=decision.reason if decision.outcome == "unplaceable" else "",
             created_at=self._clock.wall(),
+            on_demand=command.on_demand,
         )
         if instance.instance_id in self.state.instances:
             raise RequestError(
@@ -254,10 +270,10 @@ class Leader:
             raise RequestError(
                 "unplaceable", f"{refusal}; the instance {instance_id}, wanted by others too, stays pending"
             )
-        if placed.assignment is None and not command.ensure:
+        if placed.assignment is None and not _stays_pending(command):
             self._ledger.append(InstanceDeleted(instance_id=instance_id, deleted_at=self._clock.wall()))
             raise RequestError("unplaceable", refusal or f"no node takes the instance {instance_id}")
-        if _answer_missing(self.view, placed) and not command.ensure:
+        if _answer_missing(self.view, placed) and not _stays_pending(command):
             raise ServiceError(
                 "deadline_exceeded",
                 f"the node has not answered for {ACCEPT_WAIT_S:.0f} s; the instance {instance_id} stays and is started "
@@ -306,8 +322,11 @@ class Leader:
         return reason
 
     def _existing(self, command: PlaceModel, known: Instance) -> PlacementReply:
-        """The answer that promises an instance which is there: from now on it stays, even if it finds no node."""
-        self._ensured.add(known.instance_id)
+        """The answer that promises an instance which is there: a person's stays from now on, even without a node."""
+        if not command.on_demand:
+            self._ensured.add(known.instance_id)
+            if known.on_demand:
+                self._ledger.append(InstanceKept(instance_id=known.instance_id))
         return self._reply(command, known, existed=True)
 
     def _reply(
@@ -364,6 +383,11 @@ def _instance_id(command: PlaceModel) -> str:
     if command.ensure:
         return ensured_instance_id(command.request.card.model_id)
     return command.instance_id or commanded_instance_id(command.command_id)
+
+
+def _stays_pending(command: PlaceModel) -> bool:
+    """Whether an instance that fits nowhere waits for a node: what a person ensures does, what a request needs not."""
+    return command.ensure and not command.on_demand
 
 
 def _deleted_meanwhile(instance_id: str) -> RequestError:

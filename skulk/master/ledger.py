@@ -22,6 +22,7 @@ from skulk.wire.events import (
     InstanceAssigned,
     InstanceCreated,
     InstanceDeleted,
+    InstanceKept,
     InstanceUnassigned,
     NodeDrainEnded,
     NodeDrainStarted,
@@ -144,7 +145,7 @@ def _event_ids(event: Event) -> dict[str, str]:
             subject = "cluster"
         case InstanceCreated():
             subject = event.instance.instance_id
-        case InstanceAssigned() | InstanceUnassigned() | InstanceDeleted():
+        case InstanceAssigned() | InstanceUnassigned() | InstanceKept() | InstanceDeleted():
             subject = event.instance_id
         case NodeDrainStarted():
             subject = event.drain.node_id

@@ -36,10 +36,12 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         replace_after_s: how long a silent node keeps its instances, seconds.
         default_parallel: sequences side by side where a request doesn't say.
+        idle_ttl_s: how long a model that was placed on demand may be idle, seconds.
     """
 
     replace_after_s: float = 15.0
     default_parallel: int = 16
+    idle_ttl_s: float = 600.0
 
 
 class Barred(msgspec.Struct, frozen=True):

@@ -23,7 +23,14 @@ from skulk.batching.admission import BatchShape, check_fields, check_room, with_
 from skulk.batching.requests import BatchRequest, Emitted, Ended, Output, Progressed, RequestKey
 from skulk.bus.port import Bus, Call
 from skulk.bus.streams import Outbox
-from skulk.bus.subjects import GATEWAY_BEAT, NODE_BEAT, RUNNER_CANCEL, RUNNER_GENERATE, RUNNER_RESEND
+from skulk.bus.subjects import (
+    GATEWAY_BEAT,
+    NODE_BEAT,
+    RUNNER_CANCEL,
+    RUNNER_GENERATE,
+    RUNNER_RESEND,
+    RUNNER_RETIRE,
+)
 from skulk.clock import Clock
 from skulk.engines.protocol import Engine, EngineInfo
 from skulk.errors import ServiceError, SkulkError, UnavailableError
@@ -43,13 +50,14 @@ from skulk.runner.reports import (
     Stopped,
     Vectors,
 )
+from skulk.runner.shape import shape_of
 from skulk.runner.status import StatusBoard
 from skulk.runner.table import OpenRequest, RequestTable
 from skulk.runner.texts import check_generates
 from skulk.runner.threads import thread_share
 from skulk.wire.base import ErrorBody
 from skulk.wire.beats import NodeBeat
-from skulk.wire.generation import Accepted, Cancel, Cancelled, Generate, Resend, Resent, StreamEnd
+from skulk.wire.generation import Accepted, Cancel, Cancelled, Generate, Resend, Resent, Retire, Retired, StreamEnd
 from skulk.wire.runner import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, RunnerSpec
 
 UPKEEP_S: Final = 0.5
@@ -58,27 +66,6 @@ SETTLE_S: Final = 1.0
 FLUSH_S: Final = 0.5
 
 log = logging.getLogger(__name__)
-
-
-def shape_of(info: EngineInfo, spec: RunnerSpec) -> BatchShape:
-    """What the loaded engine can hold, by its own word where it differs from what was asked."""
-    load = spec.load
-    n_batch = max(info.n_batch, 2)
-    return BatchShape(
-        n_ctx=info.n_ctx,
-        kv_cells=max(info.kv_cells, info.n_ctx),
-        n_parallel=min(info.n_parallel, n_batch - 1),
-        n_batch=n_batch,
-        n_ubatch=min(load.n_ubatch, n_batch),
-        max_waiting=spec.max_waiting,
-        vocabulary_size=info.vocabulary_size,
-        is_unified=info.is_unified,
-        reuse=info.reuse,
-        shares_cells=info.shares_cells,
-        park_bytes=load.park_bytes,
-        state_bytes=info.state_bytes,
-        token_bytes=info.token_bytes,
-    )
 
 
 class Runner:
@@ -117,6 +104,7 @@ class Runner:
         self._over: asyncio.Future[int] = self._loop.create_future()
         self._stop_asked = asyncio.Event()
         self._is_hurried = False
+        self._held_until = 0.0
         self._is_stuck = False
         self._refusal: SkulkError | None = None
         self._thread_ended = asyncio.Event()
@@ -137,6 +125,7 @@ class Runner:
                 RUNNER_GENERATE: self._generate,
                 RUNNER_CANCEL: self._cancel,
                 RUNNER_RESEND: self._resend,
+                RUNNER_RETIRE: self._retire,
                 **self._desk.handlers,
             },
             metadata={"model": self._spec.model_id, "instance": self._spec.instance_id, "node": self._spec.node_id},
@@ -198,6 +187,13 @@ class Runner:
         self._table.changed.set()
         return resent
 
+    async def _retire(self, call: Call[Retire]) -> Retired:
+        """What is open stays. After the answer that it is idle nothing comes in: nothing is in flight at the stop."""
+        is_idle = self.status.phase == "ready" and not (self._table.open_requests() or self._desk.open_calls)
+        if is_idle:
+            self._held_until = self._clock.now() + call.message.hold_s
+        return Retired(runner_id=self._spec.runner_id, is_idle=is_idle)
+
     def _embeds_changed(self) -> None:
         self._note_load()
         self._table.changed.set()
@@ -226,7 +222,7 @@ class Runner:
 
     def _ready(self) -> tuple[Engine, BatchShape]:
         phase = self.status.phase
-        if phase == "draining":
+        if phase == "draining" or self._clock.now() < self._held_until:
             raise UnavailableError("draining", "this runner is about to stop and takes no new requests; ask another")
         if phase != "ready" or self._engine is None or self._shape is None:
             raise UnavailableError(

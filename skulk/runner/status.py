@@ -41,6 +41,7 @@ class StatusBoard:
         self._watch = MemoryWatch()
         self._changed = asyncio.Event()
         self._phase_changed = asyncio.Event()
+        self._idle_since = clock.now()
         self.now = RunnerStatus(
             runner_id=spec.runner_id,
             instance_id=spec.instance_id,
@@ -66,6 +67,7 @@ class StatusBoard:
             self.note(**facts)
             return
         log.info("%s -> %s%s", self.now.phase, phase, f": {error.detail}" if error else "")
+        self._idle_since = self._clock.now()
         self.now = msgspec.structs.replace(self.now, phase=phase, error=error, since=self._clock.wall(), **facts)
         self._phase_changed.set()
         self._changed.set()
@@ -76,6 +78,8 @@ class StatusBoard:
         Becoming idle or busy is told at once, other figures in time.
         """
         after = msgspec.structs.replace(self.now, **facts)
+        # also where it stays idle: a request may have come and gone since
+        self._idle_since = self._clock.now()
         if (after.active == 0) != (self.now.active == 0):
             self._phase_changed.set()
         if after != self.now:
@@ -113,6 +117,9 @@ class StatusBoard:
 
     async def publish(self) -> None:
         """Says it now, if the bus takes it; the next time comes soon."""
+        is_idle = self.now.phase == "ready" and not self.now.active and not self.now.waiting
+        idle_s = self._clock.now() - self._idle_since if is_idle else 0.0
+        self.now = msgspec.structs.replace(self.now, idle_s=idle_s)
         try:
             await self._bus.publish(RUNNER_STATUS, self.now, runner=self.now.runner_id)
         except UnavailableError:

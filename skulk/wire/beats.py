@@ -77,6 +77,7 @@ class RunnerStatus(Wire, frozen=True, kw_only=True):
         loaded_bytes: what it was measured to take then; 0 before.
         error: why it was refused or failed.
         restarts: how often this assignment's process was started again.
+        idle_s: seconds since the last request ended, or since it was ready; 0 while any is open.
         backend: resolved tag that it computes on; runners on ``-cpu`` share their node's cores.
     """
 
@@ -96,6 +97,7 @@ class RunnerStatus(Wire, frozen=True, kw_only=True):
     restarts: int = 0
     since: float = 0.0
     backend: str = ""
+    idle_s: float = 0.0
     expected_bytes: int = 0
     loaded_bytes: int = 0
 

@@ -36,6 +36,12 @@ class InstanceUnassigned(Wire, frozen=True, kw_only=True, tag="instance_unassign
     reason: str
 
 
+class InstanceKept(Wire, frozen=True, kw_only=True, tag="instance_kept"):
+    """An instance that was placed on demand is wanted by a person too: it no longer leaves by itself."""
+
+    instance_id: str
+
+
 class InstanceDeleted(Wire, frozen=True, kw_only=True, tag="instance_deleted"):
     """An instance is no longer wanted; its tombstone stays."""
 
@@ -67,6 +73,7 @@ Event: TypeAlias = (
     | InstanceCreated
     | InstanceAssigned
     | InstanceUnassigned
+    | InstanceKept
     | InstanceDeleted
     | NodeDrainStarted
     | NodeDrainEnded

@@ -205,6 +205,19 @@ class Cancelled(Wire, frozen=True, kw_only=True):
     was_running: bool
 
 
+class Retire(Wire, frozen=True, kw_only=True):
+    """Take nothing for ``hold_s`` seconds if nothing is in flight: whoever asks is about to stop this runner."""
+
+    hold_s: float
+
+
+class Retired(Wire, frozen=True, kw_only=True):
+    """Answer to `Retire`; ``is_idle``: nothing is in flight, and nothing is taken for that long."""
+
+    runner_id: str
+    is_idle: bool
+
+
 class Resend(Wire, frozen=True, kw_only=True):
     """Send the chunks of one attempt again from sequence number ``start``."""
 

@@ -66,6 +66,7 @@ class Instance(Wire, frozen=True, kw_only=True):
         born: position of the event that created it; a tombstone covers what was born up to its position.
         position: of the event that wrote this version.
         command_id: of the client's command that created it: the command, repeated, finds it.
+        on_demand: a request placed it: it leaves when it has been idle for long, or for another one's room.
     """
 
     instance_id: str
@@ -77,6 +78,7 @@ class Instance(Wire, frozen=True, kw_only=True):
     born: Position = ORIGIN
     position: Position = ORIGIN
     command_id: str = ""
+    on_demand: bool = False
 
     @property
     def model_id(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import bench_client
 import bench_engine
+import bench_gateway
 import bench_serving
 import bench_sides
 import msgspec
@@ -181,3 +182,13 @@ def test_a_model_that_cannot_be_loaded_is_told_in_a_sentence(
     broken.write_bytes(b"not a model")
     assert bench_engine.main(["--model", str(broken), "--sizes", "1", "--rounds", "1"]) == 1
     assert "is not a GGUF file" in capsys.readouterr().err
+
+
+def test_the_gateways_bench_measures_both_sides_in_pairs() -> None:
+    ours, bare = bench_gateway.pairs(bench_gateway.Load(tokens=5, rate=100.0), 2, 1)
+    for side in (ours, bare):
+        [measured] = side
+        assert [one.is_whole for one in measured.heard] == [True, True]
+        assert measured.tokens == 10
+        assert all(wait > 0 for one in measured.heard for wait in one.waits)
+    assert bench_gateway.added(ours, bare, lambda one: one.tokens) == 0

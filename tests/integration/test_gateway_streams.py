@@ -15,10 +15,25 @@ from aiohttp import web
 
 from skulk.bus.streams import StreamWriter
 from skulk.errors import RequestError, UnavailableError
+from skulk.gateway.app import INBOX
 from skulk.gateway.keys import DISPATCHER, METRICS
 from skulk.wire.base import ErrorBody
 from skulk.wire.generation import ChatMessage, ChatPrompt, StreamEnd, TextPrompt
-from tests.support.http import END, MODEL, WAIT_S, FakeRunner, Gateway, chat_body, events_of, hold, running_gateway
+from tests.support.child_processes import no_process_left
+from tests.support.failover import fake_runner, replicas
+from tests.support.http import (
+    END,
+    MODEL,
+    WAIT_S,
+    FakeRunner,
+    Gateway,
+    chat_body,
+    events_of,
+    hold,
+    running_gateway,
+    two_words,
+)
+from tests.support.nats import NatsServer
 
 
 @pytest.fixture
@@ -243,13 +258,15 @@ async def test_a_runner_that_dies_ends_its_streams_with_an_error_object(gateway:
     assert (refused.status, refused.error["code"]) == (502, "runner_failed")
 
 
-async def test_a_runner_that_came_back_before_anybody_looked_lost_its_streams_too(gateway: Gateway) -> None:
+async def test_a_runner_that_came_back_before_anybody_looked_goes_on_in_its_next_life(gateway: Gateway) -> None:
     runner = await gateway.serve_model()
     runner.script = hold
     async with gateway.open_chat() as response, asyncio.timeout(WAIT_S):
         await _first_text(response)
+        runner.script = two_words
         await gateway.cluster.set_phase("i1", "ready", restarts=1)
-        assert events_of(await response.read())[-1]["error"]["code"] == "runner_failed"
+        assert events_of(await response.read())[-1] == "[DONE]"
+    assert [asked.resume is not None for asked in runner.asked] == [False, True]
 
 
 async def test_a_silent_runner_ends_its_streams_too(gateway: Gateway) -> None:
@@ -398,3 +415,49 @@ async def _asked(runner: FakeRunner, count: int) -> None:
         while len(runner.asked) < count:
             runner.asked_once.clear()
             await runner.asked_once.wait()
+
+
+async def test_a_slow_reader_gets_all_of_the_text_in_fewer_events(gateway: Gateway) -> None:
+    """What it doesn't take is joined meanwhile: nothing is lost, and nothing grows but the text itself."""
+    runner = await gateway.serve_model()
+    words = [f"{number} " for number in range(20_000)]
+    pause = asyncio.Event()
+
+    async def fast(_runner: FakeRunner, writer: StreamWriter) -> None:
+        writer.send(0, "Hello", (1,))
+        await pause.wait()
+        for number, word in enumerate(words):
+            writer.send(0, word, (number,))
+            if number % 500 == 0:
+                await asyncio.sleep(0)
+        writer.end(END)
+
+    runner.script = fast
+    body = msgspec.json.encode(chat_body(stream=True))
+    reader, writer = await asyncio.open_connection(*gateway.address, limit=1024)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}"
+    writer.write(head.encode() + b"\r\n\r\n" + body)
+    async with asyncio.timeout(WAIT_S):
+        await reader.readuntil(b'"Hello"')
+        pause.set()
+        # this side takes nothing until all has come to the gateway
+        while not gateway.app[INBOX].counters.chunks > len(words):  # noqa: ASYNC110 - a counter tells nobody
+            await asyncio.sleep(0.01)
+        rest = await reader.read(-1)
+    writer.close()
+    text = b"".join(part.partition(b'"')[0] for part in rest.split(b'"content":"')[1:])
+    assert text.decode() == "".join(words)
+    assert b"[DONE]" in rest
+    assert rest.count(b'"content":"') < len(words)
+
+
+async def test_long_prompts_cross_the_bus_whatever_its_limit_is(tmp_path: Path) -> None:
+    """A prompt of 200 KB, and its token ids on the way back, over messages of at most 64 KiB."""
+    with no_process_left(), NatsServer("max_payload: 65536\n") as server:
+        async with replicas(tmp_path, server.url) as world:
+            size = {"context_length": 400_000, "kv_cells": 400_000, "n_parallel": 1}
+            await world.serve("a", fake_runner(tmp_path, "a", server.url, **size))
+            long = [{"role": "user", "content": "x" * 200_000}]
+            whole = await world.whole(messages=long, temperature=0, max_tokens=100)
+            assert len(world.runs[-1].prompt_ids) > 200_000
+            assert len(whole.texts()[0].encode()) == 60

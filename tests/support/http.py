@@ -57,7 +57,7 @@ from skulk.wire.gateway import GatewaySpec
 from skulk.wire.generation import Accepted, Cancel, Cancelled, Generate, StreamEnd, Timings, Usage
 from skulk.wire.placement import NodeReport, PlacementDecision
 from skulk.wire.state import ClusterState, Instance, Position, Term
-from tests.support.states import assignment, beat, estimate, instance, status
+from tests.support.states import assignment, beat, card, estimate, instance, status
 
 NODE = "aaaa"
 MODEL = EMBEDDED_MODEL
@@ -105,6 +105,7 @@ class FakeRunner:
         self.refusal: SkulkError | None = None
         self.held_back: asyncio.Event | None = None
         self.asked: list[Generate] = []
+        self.writers: list[StreamWriter] = []
         self.asked_once = asyncio.Event()
         self.cancelled = asyncio.Event()
         self.cancels: list[str] = []
@@ -143,8 +144,12 @@ class FakeRunner:
         if self.refusal is not None:
             raise self.refusal
         if not self.outbox.knows(call.message.request_id, call.message.attempt):
-            self._own(self.script(self, self.outbox.open(call.message)))
-        return Accepted(request_id=call.message.request_id, runner_id=self.runner_id, prompt_tokens=5)
+            self.writers.append(self.outbox.open(call.message))
+            self._own(self.script(self, self.writers[-1]))
+        prompt_ids = () if call.message.resume is not None else (7, 8, 9)
+        return Accepted(
+            request_id=call.message.request_id, runner_id=self.runner_id, prompt_tokens=5, prompt_ids=prompt_ids
+        )
 
     async def _cancel(self, call: Call[Cancel]) -> Cancelled:
         known = any(asked.request_id == call.message.request_id for asked in self.asked)
@@ -243,16 +248,29 @@ class FakeCluster:
         await self.bus.publish(RUNNER_STATUS, spoken, runner=spoken.runner_id)
 
     async def serve_model(
-        self, instance_id: str = "i1", *, model_id: str = MODEL, phase: RunnerPhase = "ready"
+        self, instance_id: str = "i1", *, model_id: str = MODEL, phase: RunnerPhase = "ready", size_bytes: int = 0
     ) -> FakeRunner:
-        """An instance with a runner in that phase."""
+        """An instance with a runner in that phase; ``size_bytes``: of its weights, where they are others than usual."""
         made = instance(instance_id, model_id=model_id)
+        if size_bytes:
+            weights = card(model_id, weights_bytes=size_bytes)
+            made = msgspec.structs.replace(made, request=msgspec.structs.replace(made.request, card=weights))
         await self.append(InstanceCreated(instance=made))
         assigned = assignment(instance_id, node_id=NODE)
         await self.append(InstanceAssigned(instance_id=instance_id, assignment=assigned))
         runner = self.runners[assigned.runner_id] = FakeRunner(self.bus, assigned.runner_id)
         await runner.start()
         await self.set_phase(instance_id, phase)
+        return runner
+
+    async def run_placed(self) -> FakeRunner:
+        """A ready runner of the one instance that the master was asked to place."""
+        (instance_id,) = self.state.instances
+        assigned = self.state.instances[instance_id].assignment
+        assert assigned is not None
+        runner = self.runners[assigned.runner_id] = FakeRunner(self.bus, assigned.runner_id)
+        await runner.start()
+        await self.set_phase(instance_id, "ready")
         return runner
 
     async def set_phase(self, instance_id: str, phase: RunnerPhase, **fields: Any) -> None:
@@ -263,6 +281,12 @@ class FakeCluster:
         since = 1.0 if known is None else known.since + 1.0
         spoken = status(found.assignment, phase, instance_id=instance_id, model_id=found.model_id, since=since)
         await self.say(msgspec.structs.replace(spoken, **fields))
+
+    async def set_gone(self, runner_id: str) -> None:
+        """A runner was stopped: its node says so and names it no more."""
+        spoken = self.statuses.pop(runner_id)
+        await self.bus.publish(RUNNER_STATUS, msgspec.structs.replace(spoken, phase="stopped"), runner=runner_id)
+        await self.beat()
 
     async def kill(self, instance_id: str, detail: str = "killed by signal 9") -> None:
         """A runner dies, and its supervisor says so."""

@@ -13,6 +13,7 @@ from skulk.wire.events import (
     InstanceAssigned,
     InstanceCreated,
     InstanceDeleted,
+    InstanceKept,
     InstanceUnassigned,
     NodeDrainEnded,
     NodeDrainStarted,
@@ -115,6 +116,7 @@ events = st.lists(
                 st.integers(1, 5),
             ),
             st.just(InstanceUnassigned(instance_id=name, reason="r")),
+            st.just(InstanceKept(instance_id=name)),
             st.just(InstanceDeleted(instance_id=name, deleted_at=1.0)),
         )
     ),
@@ -131,3 +133,13 @@ def test_a_state_survives_json_and_the_position_counts_every_event(drawn: list[E
     assert state_hash(again) == state_hash(state)
     for found in state.instances.values():
         assert found.assignment is None or found.assignment.epoch == found.last_epoch
+
+
+def test_what_a_request_placed_stays_when_a_person_wants_it_too() -> None:
+    made = msgspec.structs.replace(instance("i1"), on_demand=True)
+    state = folded(state_of(), InstanceCreated(instance=made))
+    assert state.instances["i1"].on_demand
+    kept = folded(state, InstanceKept(instance_id="i1"))
+    assert not kept.instances["i1"].on_demand
+    assert kept.instances["i1"].position == kept.position, "a merge knows the later version"
+    assert folded(kept, InstanceKept(instance_id="nobody")).instances == kept.instances

@@ -6,18 +6,28 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
-from skulk.bus.subjects import GATEWAY_BEAT
+from skulk.bus.subjects import GATEWAY_BEAT, RUNNER_RETIRE
 from skulk.engines.fake import FakeOptions
 from skulk.engines.protocol import Engine
 from skulk.errors import RequestError, ServiceError, UnavailableError
 from skulk.wire.beats import GatewayBeat
-from skulk.wire.generation import ChatMessage, ChatPrompt, Prompt, Resume, Sampling, TokenPrompt, Usage
+from skulk.wire.generation import (
+    ChatMessage,
+    ChatPrompt,
+    Prompt,
+    Resume,
+    ResumedChoice,
+    Retire,
+    Sampling,
+    TokenPrompt,
+    Usage,
+)
 from tests.support.bus import ManualClock
-from tests.support.runners import GATEWAY, fake_answer, generate_of, prompt_ids, runner_world
+from tests.support.runners import GATEWAY, RUNNER, fake_answer, generate_of, prompt_ids, runner_world
 
 
 class Wrapped:
@@ -332,3 +342,46 @@ async def test_alive_tells_phase_progress_and_the_age_of_the_step(tmp_path: Path
         assert state.step_age_s == 3.0, "idle time before the request doesn't count"
         world.gate.open()
         await stream.finish()
+
+
+async def test_a_runner_retires_only_while_nothing_is_in_flight(tmp_path: Path) -> None:
+    async with runner_world(tmp_path, gated=True) as world:
+
+        async def retire(hold_s: float) -> bool:
+            answer = await world.bus.request(RUNNER_RETIRE, Retire(hold_s=hold_s), timeout_s=5.0, runner=RUNNER)
+            return answer.is_idle
+
+        stream = await world.generate(generate_of("a"))
+        assert not await retire(60.0)
+        world.gate.open()
+        assert (await stream.finish()).text() == fake_answer()
+        await world.statuses.until(lambda status: status.active == 0)
+        assert await retire(0.05)
+        with pytest.raises(UnavailableError) as refused:
+            await world.ask(generate_of("b"))
+        assert refused.value.code == "draining"
+        await asyncio.sleep(0.06)  # whoever asked did not stop it: it serves again
+        await (await world.generate(generate_of("c"))).finish()
+
+
+async def test_a_resumed_request_goes_on_with_all_of_its_choices(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"n": 3, "sampling": Sampling(seed=5)}
+    async with runner_world(tmp_path) as world:
+        whole = await (await world.generate(generate_of("a", **asked))).finish()
+        ids = [[token for chunk in whole.chunks if chunk.choice == at for token in chunk.tokens] for at in range(3)]
+        first, *others = (
+            ResumedChoice(emitted_tokens=tuple(ids[at][:cut]), sent_characters=len(bytes(ids[at][:sent]).decode()))
+            for at, (cut, sent) in enumerate(((9, 4), (49, 0), (0, 0)))
+        )
+        resume = Resume(
+            prompt_tokens=prompt_ids(),
+            emitted_tokens=first.emitted_tokens,
+            sent_characters=first.sent_characters,
+            others=tuple(others),
+        )
+        again = await (await world.generate(generate_of("b", attempt=2, resume=resume, **asked))).finish()
+        texts = [whole.text(0)[first.sent_characters :], whole.text(1), whole.text(2)]
+        assert [again.text(at) for at in range(3)] == texts
+        assert again.end.usage is not None
+        assert whole.end.usage is not None
+        assert again.end.usage.completion_tokens == whole.end.usage.completion_tokens
