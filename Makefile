@@ -14,7 +14,7 @@ SEEDS ?= 2000
 UP    ?= --local --place $(MODEL) --greet
 
 .DEFAULT_GOAL := help
-.PHONY: help up setup dev test test-engine test-failover test-mesh lint format coverage fuzz lock clean python simulate simulate-mutants
+.PHONY: help up setup dev test test-engine test-failover test-mesh test-vulkan lint format coverage fuzz lock clean python simulate simulate-mutants
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,10 @@ test: dev ## run every test suite (SUITES="unit contract" chooses), each within 
 
 test-mesh: dev ## nodes as hosts of their own, with mDNS between them (Linux, as root; skipped elsewhere)
 	$(BIN)/python -m pytest -q -rs tests/mesh
+
+test-vulkan: ## run the Vulkan build of llama.cpp on a driver that needs no GPU (the first time compiles 10 minutes)
+	@$(PYTHON) tools/setup_vulkan.py
+	@. build/vulkan/env.sh && exec build/vulkan/venv/bin/python -m pytest -q -p no:xdist tests/vulkan
 
 test-engine: dev ## compare the engine's answers with and without reuse on the whole model (minutes; no part of `test`)
 	@$(BIN)/python -m pytest -q tests/exhaustive/test_engine_whole.py

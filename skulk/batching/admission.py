@@ -16,6 +16,7 @@ from skulk.batching.ranges import check_sampling
 from skulk.batching.requests import BatchRequest, Lane, RequestKey
 from skulk.errors import RequestError, UnavailableError
 from skulk.wire.generation import ChatPrompt, Generate, InfillPrompt, TextPrompt, TokenPrompt
+from skulk.wire.model import SamplingDefaults
 
 MAX_CHOICES: Final = 128
 MAX_STOPS: Final = 16
@@ -75,6 +76,19 @@ class BatchShape(msgspec.Struct, frozen=True, kw_only=True):
     def parked_size(self, count: int) -> int:
         """Bytes of host memory that the state of ``count`` tokens takes."""
         return self.state_bytes + count * self.token_bytes
+
+
+def with_defaults(generate: Generate, defaults: SamplingDefaults) -> Generate:
+    """A request with the card's sampling where it says nothing; what the model's own file says comes after that."""
+    asked = generate.sampling
+    filled = {
+        name: value
+        for name in defaults.__struct_fields__
+        if (value := getattr(defaults, name)) is not None and getattr(asked, name) is None
+    }
+    if not filled:
+        return generate
+    return msgspec.structs.replace(generate, sampling=msgspec.structs.replace(asked, **filled))
 
 
 def check_fields(generate: Generate, shape: BatchShape) -> None:

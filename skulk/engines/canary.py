@@ -3,13 +3,14 @@
     what it sings                                              verdict
     scores that are no numbers                                 the loader's, before any text (`NoNumbers`)
     one token 16 times over                                    faulty
-    another text than at the first load of this file and       faulty, unless the two best tokens were a near tie
-      build under these settings                                 where the texts part
+    another token than at the first load of this file and      faulty, unless the two best were a near tie there
+      build under these settings, at any place
     slower than 0.3 x the median of the last five loads        faulty, unless others had the processors meanwhile
     else                                                       fine: speed and the first text are remembered
 
 The text counts on from 10: every model goes on with it for 16 tokens, and a healthy one is sure of each. Near ties are
-told by the recorded margins, the difference of the two greatest scores: resuming by prefill parted the texts of a real
+told by the recorded margins, the difference of the two greatest scores. A later load is led along the first one's text,
+so that every place is compared, also behind a near tie: resuming by prefill parted the texts of a real
 model at margins of up to 0.27.
 """
 
@@ -34,7 +35,7 @@ class Recital(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine recited.
 
     Attributes:
-        tokens: drawn greedily, up to the end of an answer.
+        tokens: drawn greedily, up to the end of an answer; behind the recorded text where there is one.
         margins: difference of the two greatest scores at each of them.
         step_s: the median time of a decode step; 0: too few of them.
         waited_s: the part of it that its threads at most waited for a processor, on average.
@@ -70,16 +71,14 @@ def with_recital(record: CanaryRecord | None, recital: Recital) -> CanaryRecord:
 
 
 def _other_text(recital: Recital, record: CanaryRecord) -> str:
-    pairs = zip(record.tokens, recital.tokens, strict=False)
-    parted = next((at for at, (known, now) in enumerate(pairs) if known != now), None)
-    if parted is None:
-        # one is the beginning of the other: an end was drawn instead of a token
-        parted = min(len(record.tokens), len(recital.tokens))
-        if len(record.tokens) == len(recital.tokens):
-            return ""
-    margin = record.margins[parted] if parted < len(record.margins) else 0.0
-    if margin <= NEAR_TIE:
+    known, now = record.tokens, recital.tokens
+    # where one ends first, an end was drawn in place of a token, or the other way round
+    ends = [] if len(known) == len(now) else [min(len(known), len(now))]
+    places = [at for at, (first, later) in enumerate(zip(known, now, strict=False)) if first != later] + ends
+    sure = [at for at in places if at < len(record.margins) and record.margins[at] > NEAR_TIE]
+    if not sure:
         return ""
+    parted, margin = sure[0], record.margins[sure[0]]
     return (
         f"it gave another text than at the first load of this file: they part at token {parted + 1} of "
         f"{len(record.tokens)}, where the scores were {margin:.2f} apart"

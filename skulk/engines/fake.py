@@ -206,7 +206,8 @@ class FakeEngine:
     def set_threads(self, count: int) -> None:
         assert count > 0
 
-    def recite(self, text: str, count: int) -> Recital:
+    def recite(self, text: str, count: int, follow: Sequence[int] = ()) -> Recital:
+        del follow
         tokens = tuple(answer_of(text.encode(), "", count))
         return Recital(tokens=tokens, margins=(1.0,) * len(tokens))
 

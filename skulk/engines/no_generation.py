@@ -53,8 +53,8 @@ class NoGeneration:
         del parked, slot, count
         _never()
 
-    def recite(self, text: str, count: int) -> Recital:
-        del text, count
+    def recite(self, text: str, count: int, follow: Sequence[int] = ()) -> Recital:
+        del text, count, follow
         _never()
 
     def forget(self, parked: int) -> None:

@@ -202,10 +202,10 @@ class Engine(Protocol):
         """Computes with so many threads from the next step on, where the engine has threads of its own."""
         ...
 
-    def recite(self, text: str, count: int) -> Recital:
+    def recite(self, text: str, count: int, follow: Sequence[int] = ()) -> Recital:
         """Goes on greedily with a text, in the empty slot 0, up to so many tokens, and forgets them; see `canary`.
 
-        Engine thread, before anything was begun.
+        Engine thread, before anything was begun. ``follow``: tokens to go on with in place of the drawn ones.
 
         Raises:
             ServiceError: ``runner_failed``: the engine can't compute.

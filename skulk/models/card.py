@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -20,8 +20,9 @@ from skulk.errors import RequestError
 from skulk.models.ggml_types import FILE_TYPES
 from skulk.models.gguf import GgufHeader
 from skulk.models.header_sizes import sizes_of
+from skulk.models.hints import CardHint, ReasoningFormat, ToolFormat, checked, limits_problem
 from skulk.models.quantization import parse_file_name
-from skulk.wire.model import ModelCard, ModelFile, ModelFormat
+from skulk.wire.model import ModelCard, ModelFile, ModelFormat, SamplingDefaults
 
 GGUF_BACKENDS: Final = ("llama_cpp-vulkan", "llama_cpp-rocm", "llama_cpp-cuda", "llama_cpp-cpu")
 MAX_CARD_BYTES: Final = 256 * 1024
@@ -77,6 +78,10 @@ class CardFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     tasks: tuple[str, ...] = ("TextGeneration",)
     capabilities: tuple[str, ...] = ("text",)
     tags: tuple[str, ...] = ()
+    min_vram_gib: float = 0.0
+    reasoning_format: ReasoningFormat = ""
+    tool_format: ToolFormat = ""
+    sampling: SamplingDefaults = SamplingDefaults()
     license: str = ""
     source: str = ""
     package: str = ""
@@ -87,8 +92,8 @@ class CardFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return ModelCard(**fields)
 
 
-def read_card(path: Path) -> CardFile:
-    """A card from a TOML file.
+def read_card(path: Path) -> CardFile | CardHint:
+    """A card from a TOML file; one without files is a hint.
 
     Raises:
         RequestError: ``invalid_request``: the file can't be read, is no TOML, or no card; with the place.
@@ -100,7 +105,14 @@ def read_card(path: Path) -> CardFile:
     if len(body) > MAX_CARD_BYTES:
         raise RequestError("invalid_request", f"the card {path} has {len(body):,} bytes; at most {MAX_CARD_BYTES:,}.")
     try:
-        card = msgspec.toml.decode(body, type=CardFile)
+        told: dict[str, Any] = msgspec.toml.decode(body)
+        # the wire ignores fields that it doesn't know; a person who mistyped one should hear of it
+        unknown = sorted(set(told.get("sampling", {})) - set(SamplingDefaults.__struct_fields__))
+        if unknown:
+            raise msgspec.ValidationError(f"Object contains unknown field `{unknown[0]}` - at `$.sampling`")
+        if "files" not in told:
+            return checked(msgspec.convert(told, CardHint), str(path))
+        card = msgspec.convert(told, CardFile)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise RequestError(
             "invalid_request", f"the card {path} is not valid: {error}; mend it or remove it."
@@ -109,6 +121,8 @@ def read_card(path: Path) -> CardFile:
         raise RequestError(
             "invalid_request", f"the card {path} needs at least one file, one backend and a context_length over 0."
         )
+    if problem := limits_problem(card.backends, card.max_context_tokens, card.min_vram_gib):
+        raise RequestError("invalid_request", f"the card {path} is not valid: {problem}; mend it or remove it.")
     if wrong := next((file.name for file in card.files if not _is_inside(file.name)), None):
         raise RequestError("invalid_request", f"the card {path} names the file {wrong!r}, which leaves its folder.")
     return card

@@ -5,7 +5,7 @@
     folders ───────┘                          ├──> held()      whose weights lie here, whole
                                               └──> problems()  what was found and can't be used, and why
 
-Precedence of one id: built-in cards, own cards, what was fetched (`skulk.models.shelf`), the models folder,
+Precedence of one id: own cards, built-in cards, what was fetched (`skulk.models.shelf`), the models folder,
 `SKULK_MODELS_PATH` in its order, then Ollama's store.
 """
 
@@ -23,6 +23,7 @@ from urllib.parse import quote
 from skulk.errors import RequestError
 from skulk.models.foreign import ollama_models
 from skulk.models.gguf import GgufHeader, read_header
+from skulk.models.hints import CardHint
 from skulk.models.quantization import normal
 from skulk.models.scanning import CatalogueEntry, CatalogueProblem, Scan, Snapshot, hash_problem
 from skulk.models.shelf import Shelf
@@ -59,7 +60,7 @@ class Catalogue:
         self._folders = (models_dir, *models_path)
         self._shelf = Shelf(models_dir)
         self._ollama_dir = ollama_dir
-        self._card_dirs = (BUILT_IN_CARDS, *card_dirs)
+        self._card_dirs = tuple(card_dirs)
         self._verified = VerificationCache(verified_file)
         self._headers: dict[tuple[str, int, int], GgufHeader | str] = {}
         self._old_headers: dict[tuple[str, int, int], GgufHeader | str] = {}
@@ -74,6 +75,7 @@ class Catalogue:
             scan = Scan(self._header_of, self._verified, self._folders)
             for card_dir in self._card_dirs:
                 scan.add_cards(card_dir)
+            scan.add_cards(BUILT_IN_CARDS, are_built_in=True)
             for shelved in self._shelf.all():
                 scan.add_shelved(shelved.card, self._shelf)
             for folder in self._folders:
@@ -108,6 +110,14 @@ class Catalogue:
         if broken is not None:
             raise RequestError("model_file_invalid", broken.reason, param="model")
         raise RequestError("model_not_found", _not_found(model_id, snapshot.entries), param="model")
+
+    def hint_of(self, repo: str) -> CardHint | None:
+        """What a card without files says of a repository of the hub."""
+        return self._snapshot.hints.get(repo)
+
+    def hints(self) -> tuple[CardHint, ...]:
+        """All of them, by repository."""
+        return tuple(hint for _, hint in sorted(self._snapshot.hints.items()))
 
     def path_of(self, model_id: str) -> Path:
         """The file to load for a model.

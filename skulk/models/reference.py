@@ -53,6 +53,11 @@ def is_reference(name: str) -> bool:
     )
 
 
+def repo_of(model_id: str) -> str:
+    """The repository of a model's id, ``org/repo:QUANT`` or ``org/repo@REVISION``; a bare name is its own."""
+    return model_id.partition(":")[0].partition("@")[0]
+
+
 def parse_reference(name: str) -> ModelReference:
     """Takes a name apart.
 

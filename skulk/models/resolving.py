@@ -22,8 +22,10 @@ INDEX: Final = "model.safetensors.index.json"
 CONFIG: Final = "config.json"
 
 
-def resolve(hub: Hub, reference: ModelReference) -> ModelCard:
+def resolve(hub: Hub, reference: ModelReference, *, quantization: str = "", file: str = "") -> ModelCard:
     """The card of a model of the hub, with its commit and the hashes of its files.
+
+    ``quantization`` and ``file``: what is preferred where the reference names no quantization.
 
     Cost: two calls and a page more for every 1,000 files, then about the size of the headers (5 to 20 MiB).
 
@@ -31,7 +33,10 @@ def resolve(hub: Hub, reference: ModelReference) -> ModelCard:
         SkulkError: as `skulk.models.hub`; ``quantization_not_found``; ``model_file_invalid``.
     """
     repository = hub.repository(reference)
-    chosen = select(repository.repo, repository.files, reference.quantization)
+    if reference.quantization:
+        chosen = select(repository.repo, repository.files, reference.quantization)
+    else:
+        chosen = select(repository.repo, repository.files, quantization, file=file)
     card = (
         _gguf_card(hub, reference, repository, chosen)
         if chosen.format == "gguf"

@@ -14,6 +14,8 @@ from skulk.models.config_json import card_from_config, is_vision_config, read_co
 from skulk.models.folders import FoundModel, scan_folder
 from skulk.models.foreign import OllamaModel
 from skulk.models.gguf import GgufHeader
+from skulk.models.hints import CardHint, with_hint
+from skulk.models.reference import repo_of
 from skulk.models.shelf import Shelf
 from skulk.models.verification import VerificationCache
 from skulk.wire.model import ModelCard, ModelFile
@@ -64,6 +66,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     entries: dict[str, CatalogueEntry] = {}
     problems: tuple[CatalogueProblem, ...] = ()
+    hints: dict[str, CardHint] = {}
 
 
 class Scan:
@@ -81,21 +84,27 @@ class Scan:
         self._entries: dict[str, CatalogueEntry] = {}
         self._problems: list[CatalogueProblem] = []
         self._carded: set[Path] = set()
+        self._hints: dict[str, CardHint] = {}
 
     def snapshot(self) -> Snapshot:
-        return Snapshot(entries=dict(self._entries), problems=tuple(self._problems))
+        return Snapshot(entries=dict(self._entries), problems=tuple(self._problems), hints=dict(self._hints))
 
-    def add_cards(self, card_dir: Path) -> None:
+    def add_cards(self, card_dir: Path, *, are_built_in: bool = False) -> None:
+        """The cards of a folder; a built-in one yields to one of one's own in silence, which is what that is for."""
         for path in sorted(card_dir.glob("*.toml")):
             try:
                 card = read_card(path)
             except RequestError as error:
                 self._problem(path, error.detail)
                 continue
-            if card.model_id in self._entries:
-                self._problem(path, f"the card {path} names {card.model_id}, which another card has.")
+            if card.model_id in self._entries or card.model_id in self._hints:
+                if not are_built_in:
+                    self._problem(path, f"the card {path} names {card.model_id}, which another card has.")
                 continue
-            self._add_card(card)
+            if isinstance(card, CardHint):
+                self._hints[card.model_id] = card
+            else:
+                self._add_card(card)
 
     def _add_card(self, card: CardFile) -> None:
         paths, problem = self._locate(card)
@@ -218,6 +227,8 @@ class Scan:
             return
         try:
             card = self._card_of(found, model_id)
+            if (hint := self._hints.get(repo_of(model_id))) is not None:
+                card = with_hint(card, hint)
         except RequestError as error:
             self._problem(found.paths[0], error.detail, model_id)
             return

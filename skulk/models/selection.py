@@ -77,13 +77,14 @@ def is_wanted_kind(name: str) -> bool:
     return name.lower().endswith(_WEIGHTS) or _COMPANION.fullmatch(parts[-1]) is not None
 
 
-def select(repo: str, files: Sequence[ModelFile], quantization: str = "") -> Selection:
+def select(repo: str, files: Sequence[ModelFile], quantization: str = "", *, file: str = "") -> Selection:
     """Chooses.
 
     Args:
         repo: for the texts of errors, and for what models are known to be.
         files: everything that the repository lists.
         quantization: what was asked for; empty: the preferred one.
+        file: the weights' only or first file, whatever its name tells; empty: chosen by quantization.
 
     Raises:
         RequestError: ``quantization_not_found``, with those that there are; ``model_file_invalid``: nothing to load.
@@ -91,7 +92,7 @@ def select(repo: str, files: Sequence[ModelFile], quantization: str = "") -> Sel
     allowed = sorted((file for file in files[:MAX_FILES] if is_wanted_kind(file.name)), key=lambda file: file.name)
     ggufs = [file for file in allowed if file.name.lower().endswith(".gguf")]
     if ggufs:
-        return _select_gguf(repo, ggufs, quantization)
+        return _select_gguf(repo, ggufs, quantization, file)
     return _select_safetensors(repo, allowed, quantization)
 
 
@@ -100,11 +101,18 @@ def has_projector(files: Iterable[ModelFile]) -> bool:
     return any(_parsed(file).is_projector for file in files if file.name.lower().endswith(".gguf"))
 
 
-def _select_gguf(repo: str, ggufs: list[ModelFile], quantization: str) -> Selection:
+def _select_gguf(repo: str, ggufs: list[ModelFile], quantization: str, file: str) -> Selection:
     groups = _groups(ggufs)
     whole = [group for group in groups if group.is_whole]
     native = _NATIVE_MXFP4.search(repo) is not None
-    if quantization:
+    if file:
+        pinned = next((group for group in whole if group.weights[0].name == file), None)
+        if pinned is None:
+            raise RequestError(
+                "quantization_not_found", f"{repo} has no {file}, which its card pins; mend the card.", param="model_id"
+            )
+        chosen = pinned
+    elif quantization:
         chosen = _named(repo, groups, quantization)
     elif whole:
         chosen = min(whole, key=lambda group: _preference(group, is_native_mxfp4=native))

@@ -29,9 +29,14 @@ T = TypeVar("T")
 
 
 class ResolveTask(msgspec.Struct, frozen=True, kw_only=True, tag="resolve"):
-    """Make a card of a name of the hub; the result is a `ModelCard`."""
+    """Make a card of a name of the hub; the result is a `ModelCard`.
+
+    ``quantization`` and ``file``: what a card prefers where the name says nothing.
+    """
 
     name: str
+    quantization: str = ""
+    file: str = ""
 
 
 class SearchTask(msgspec.Struct, frozen=True, kw_only=True, tag="search"):
@@ -146,7 +151,7 @@ def _do(told: HubTask, say: Callable[[Line], None]) -> Any:
         return FoundModels(found=hub.search(task.query, task.limit))
     from skulk.models.resolving import resolve
 
-    return resolve(hub, parse_reference(task.name))
+    return resolve(hub, parse_reference(task.name), quantization=task.quantization, file=task.file)
 
 
 def _hub(told: HubTask) -> Any:

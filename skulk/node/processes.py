@@ -169,6 +169,7 @@ class LocalMachine:
             reserved_bytes=assignment.memory.need_bytes,
             expected_bytes=assignment.memory.expected_bytes,
             weights=prepared.weights,
+            sampling=wanted.instance.request.card.sampling,
             canary_dir=str(Path(settings.home) / CANARY_DIR),
             nats_url=self._address.url,
             user=self._address.user,

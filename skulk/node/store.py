@@ -24,6 +24,7 @@ from skulk.bus.subjects import (
 from skulk.clock import Clock
 from skulk.errors import RequestError, SkulkError
 from skulk.models.catalogue import Catalogue, CatalogueEntry
+from skulk.models.hints import with_hint
 from skulk.models.reference import is_reference, parse_reference
 from skulk.models.shelf import Shelf, remove_empty, remove_file
 from skulk.models.tasks import ResolveTask, SearchTask
@@ -121,7 +122,13 @@ class Store:
         if known is not None and self._clock.now() - known[0] < RESOLVED_KEPT_S:
             return known[1]
         self._check_hub(name)
-        card = await self._tasks.ask(ResolveTask(name=reference.model_id), ModelCard)
+        hint = self._catalogue.hint_of(reference.repo)
+        task = ResolveTask(name=reference.model_id)
+        if hint is not None:
+            task = ResolveTask(name=reference.model_id, quantization=hint.quantization, file=hint.file)
+        card = await self._tasks.ask(task, ModelCard)
+        if hint is not None:
+            card = with_hint(card, hint)
         if len(self._resolved) >= MAX_RESOLVED:
             self._resolved.clear()
         self._resolved[reference.model_id] = (self._clock.now(), card)

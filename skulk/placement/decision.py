@@ -12,7 +12,8 @@
           g. facts_pending      it hasn't measured its memory yet
           h. backend_mismatch   the card accepts none of its tags
           i. weights_missing    the weights aren't on its disk, and it can't fetch them (`placement.weights`)
-          j. memory             not even the smallest context that may be admitted fits
+          j. memory             its GPU has less than the card's min_vram_gib; or not even the smallest context that
+                                may be admitted fits
         else it can serve: context, cells and memory that it would get, and a score
      3. some can serve ...................................... placed on the best score, ties by node id
      4. no node is live, or one that passed f. still measures  pending: it may succeed in seconds
@@ -34,7 +35,7 @@ from skulk.placement.backends import Ranked, rank_of
 from skulk.placement.memory import Fit, context_limit, fit_context, largest_context, least_need
 from skulk.placement.rooms import rooms
 from skulk.placement.weights import holds, why_not_fetched
-from skulk.units import format_bytes
+from skulk.units import GIB, format_bytes
 from skulk.wire.base import PROTOCOL
 from skulk.wire.placement import NodeReport, PlacementDecision, PlacementRequest
 from skulk.wire.state import Assignment
@@ -184,6 +185,8 @@ def _report(
         verdict = _Verdict("backend_mismatch", f"needs {' or '.join(request.card.backends)}, offers {offered}")
     if verdict is None and (missing := why_not_fetched(view, request.card, node)):  # i.
         verdict = _Verdict("weights_missing", missing)
+    if verdict is None and ranked is not None and (short := _small_gpu(request, node, ranked.backend)):  # j.
+        verdict = _Verdict("memory", short)
     if verdict is not None:
         return NodeReport(
             node_id=node_id, name=node.beat.name, filter=verdict.filter, detail=verdict.detail, backend=backend
@@ -219,6 +222,29 @@ def _unready(node: NodeView) -> _Verdict | None:
     if node.beat.memory.total_bytes <= 0:  # g.
         return _Verdict("facts_pending", "hasn't measured its memory yet")
     return None
+
+
+def _small_gpu(request: PlacementRequest, node: NodeView, backend: str) -> str:
+    """Why a node's GPU is too small for what the card asks for; empty: it isn't, or the card asks for nothing.
+
+    A unified one counts with what it maps of main memory; a Mac's is its main memory.
+    """
+    asked = int(request.card.min_vram_gib * GIB)
+    if not asked:
+        return ""
+    gpus = node.beat.system.accelerators
+    if backend.endswith("-cpu"):
+        have = 0
+    elif backend.endswith("-metal"):
+        have = node.beat.memory.total_bytes
+    else:
+        have = sum(max(gpu.vram_total_bytes, gpu.gtt_total_bytes) for gpu in gpus)
+    return (
+        ""
+        if have >= asked
+        else f"its card asks for {format_bytes(asked)} of GPU memory, {backend} has "
+        + (format_bytes(have) if have else "none")
+    )
 
 
 def _sized(request: PlacementRequest, node: NodeView, ranked: Ranked, n_parallel: int, have: int) -> NodeReport:

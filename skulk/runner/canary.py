@@ -41,9 +41,9 @@ def listen_to(engine: Engine, spec: RunnerSpec) -> None:
     """
     if engine.info.pooling:
         return  # it draws no tokens, so it has no text to recite
-    recital = engine.recite(PROMPT, TOKENS)
     path = record_path(engine, spec)
     record = None if path is None else _read(path)
+    recital = engine.recite(PROMPT, TOKENS, () if record is None else record.tokens)
     fault = fault_of(recital, record)
     if fault:
         raise ServiceError(

@@ -19,7 +19,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, Final, assert_never
 
-from skulk.batching.admission import BatchShape, check_fields, check_room
+from skulk.batching.admission import BatchShape, check_fields, check_room, with_defaults
 from skulk.batching.requests import BatchRequest, Emitted, Ended, Output, Progressed, RequestKey
 from skulk.bus.port import Bus, Call
 from skulk.bus.streams import Outbox
@@ -168,7 +168,7 @@ class Runner:
 
     async def _generate(self, call: Call[Generate]) -> Accepted:
         """Up to the first ``await`` calls are handled in the order they came: a cancel finds its request here."""
-        generate = call.message
+        generate = with_defaults(call.message, self._spec.sampling)
         request = self._table.get(RequestKey(generate.request_id, generate.attempt))
         if request is None:
             request = self._enter(generate)

@@ -25,6 +25,18 @@ class ModelFile(Wire, frozen=True, kw_only=True):
     git_oid: str | None = None
 
 
+class SamplingDefaults(Wire, frozen=True, kw_only=True):
+    """What a card wants where a request says nothing; None: it says nothing either. Names as in `Sampling`."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repeat_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+
+
 class ModelCard(Wire, frozen=True, kw_only=True):
     """A model as the catalogue knows it. Sizes are bytes, lengths are tokens.
 
@@ -45,6 +57,9 @@ class ModelCard(Wire, frozen=True, kw_only=True):
         source: page or file the card was read from.
         repo: ``org/repo`` on the hub that has the files; empty: none is known.
         revision: the commit of ``repo`` that is pinned.
+        min_vram_gib: a node whose GPU has less memory doesn't get it; 0: no such limit.
+        reasoning_format, tool_format: how it marks reasoning and calls (`skulk.models.hints`); empty: not told.
+        sampling: what requests get that don't say.
         projector: the vision part, where the model has one.
         companions: what goes with the weights: configuration, tokenizer, templates.
     """
@@ -74,6 +89,10 @@ class ModelCard(Wire, frozen=True, kw_only=True):
     source: str = ""
     repo: str = ""
     revision: str = ""
+    min_vram_gib: float = 0.0
+    reasoning_format: str = ""
+    tool_format: str = ""
+    sampling: SamplingDefaults = SamplingDefaults()
     projector: ModelFile | None = None
     companions: tuple[ModelFile, ...] = ()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Final, Literal
 
 from skulk.wire.base import Wire
+from skulk.wire.model import SamplingDefaults
 
 EXIT_STOPPED: Final = 0
 """It was asked to stop and did."""
@@ -64,6 +65,7 @@ class RunnerSpec(Wire, frozen=True, kw_only=True):
         nats_url: the node's own nats-server; ``user`` and ``password`` empty where it asks for none.
         weights: names the content of the weights file; empty: nothing is known of it.
         canary_dir: where the runner keeps what its engine recited (`skulk.engines.canary`); empty: nowhere.
+        sampling: the card's, for requests that don't say.
         max_waiting: sequences that may wait for a slot; beyond it requests are refused with ``overloaded``.
         request_timeout_s: deadline of a request that names none.
         step_timeout_s: the longest step that the supervisor will bear; told here for the runner's log.
@@ -85,6 +87,7 @@ class RunnerSpec(Wire, frozen=True, kw_only=True):
     load: RunnerLoad
     weights: str = ""
     canary_dir: str = ""
+    sampling: SamplingDefaults = SamplingDefaults()
     max_waiting: int = 64
     request_timeout_s: float = 600.0
     step_timeout_s: float = 120.0

@@ -269,7 +269,7 @@ class LlamaCppEngine:
             times.append(drawn.elapsed_s)
         return statistics.median(times) if times else 0.0
 
-    def recite(self, text: str, count: int) -> Recital:
+    def recite(self, text: str, count: int, follow: Sequence[int] = ()) -> Recital:
         """See `Engine.recite`."""
         prompt = tuple(self.tokens_of(TextPrompt(text=text)))
         room = min(count, self._info.n_ctx - len(prompt))
@@ -288,10 +288,16 @@ class LlamaCppEngine:
                     waited = waited_s()
                 margins.append(self._margin())
                 token = result.sampled[0]
-                if self.is_end(token):
+                at = len(tokens)
+                if self.is_end(token) and at >= len(follow):
                     break
                 tokens.append(token)
-                row = StepRow(slot=0, tokens=(token,), start=row.start + len(row.tokens), sample=True)
+                row = StepRow(
+                    slot=0,
+                    tokens=(follow[at] if at < len(follow) else token,),
+                    start=row.start + len(row.tokens),
+                    sample=True,
+                )
         finally:
             self.end(0)
             self._memory.clear()

@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import logging
+import re
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ INSTALL_HINT: Final = (
     "environment), or run `make up` in a clone of this project"
 )
 MAX_ERRORS: Final = 32
+_GPU_LIBRARY: Final = re.compile(r"(lib)?ggml-(cuda|hip|metal|vulkan)\b")
 MAX_LINE_BYTES: Final = 64 * 1024
 
 # ggml_log_level of ggml.h; llama.cpp's information is written for its developers, so it comes one level lower here.
@@ -137,6 +139,12 @@ def build_id() -> str:
     folder = Path(library().__file__).with_name("lib")
     files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.glob("*"))
     return hashlib.sha256(f"{engine_version()} {files}".encode()).hexdigest()[:16]
+
+
+def gpu_libraries() -> tuple[str, ...]:
+    """The libraries for GPUs that came with this build, whether or not their drivers are here."""
+    folder = Path(library().__file__).with_name("lib")
+    return tuple(sorted(file.name for file in folder.glob("*") if _GPU_LIBRARY.match(file.name)))
 
 
 def engine_version() -> str:

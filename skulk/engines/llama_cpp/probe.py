@@ -10,7 +10,7 @@ import sys
 import msgspec
 
 from skulk.engines.llama_cpp.devices import REGISTRIES, Device, devices
-from skulk.engines.llama_cpp.native import build_id, engine_version, library, package_version
+from skulk.engines.llama_cpp.native import build_id, engine_version, gpu_libraries, library, package_version
 from skulk.engines.llama_cpp.threads import physical_cores
 from skulk.errors import StartError
 
@@ -58,7 +58,8 @@ def probe() -> Probe:
         package_version=package_version(),
         version=engine_version(),
         build=build_id(),
-        gpu_offload=bool(lib.llama_supports_gpu_offload()),
+        # llama.cpp itself says no where a driver is away, and a rebuild wouldn't bring it back
+        gpu_offload=bool(lib.llama_supports_gpu_offload()) or bool(gpu_libraries()),
         computes=computes_of(found),
         devices=found,
         cores=physical_cores(),

@@ -47,6 +47,8 @@ def model_json(card: ModelCard, state: str, problem: str) -> dict[str, Any]:
         "resolved_capabilities": {
             "supports_thinking_toggle": "thinking" in card.capabilities,
             "supports_image_input": False,
+            "reasoning_format": card.reasoning_format,
+            "tool_format": card.tool_format,
             "supports_tool_calling": False,
         },
         "state": state,

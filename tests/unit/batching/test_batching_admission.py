@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from skulk.batching.admission import BatchShape, admit, check_fields, check_room
+from skulk.batching.admission import BatchShape, admit, check_fields, check_room, with_defaults
 from skulk.batching.requests import BatchRequest
 from skulk.errors import RequestError, UnavailableError
 from skulk.wire.generation import (
@@ -22,6 +22,7 @@ from skulk.wire.generation import (
     TextPrompt,
     TokenPrompt,
 )
+from skulk.wire.model import SamplingDefaults
 from tests.support.batches import shape_of
 
 GENERATE = Generate(
@@ -194,3 +195,15 @@ def test_a_shape_that_could_not_decode_beside_prefill_is_a_defect() -> None:
         shape_of(n_parallel=16, n_batch=16, n_ubatch=16)
     with pytest.raises(AssertionError):
         shape_of(n_ctx=100, kv_cells=99)
+
+
+def test_the_card_s_sampling_fills_what_a_request_leaves_open() -> None:
+    card = SamplingDefaults(temperature=0.6, top_k=20)
+    asked = msgspec.structs.replace(GENERATE, sampling=Sampling(top_k=1, seed=7, logit_bias={3: 1.0}))
+    filled = with_defaults(asked, card).sampling
+    assert filled == Sampling(temperature=0.6, top_k=1, seed=7, logit_bias={3: 1.0})
+    assert with_defaults(asked, SamplingDefaults()) is asked
+    assert (
+        with_defaults(msgspec.structs.replace(GENERATE, sampling=Sampling(temperature=0.0)), card).sampling.temperature
+        == 0.0
+    )

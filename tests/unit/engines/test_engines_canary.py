@@ -50,7 +50,14 @@ def test_verdicts(told: Recital, record: CanaryRecord | None, words: str) -> Non
 @pytest.mark.parametrize(("margin", "is_faulty"), [(NEAR_TIE, False), (NEAR_TIE + 0.01, True)])
 def test_texts_may_part_at_a_near_tie(margin: float, is_faulty: bool) -> None:
     margins = (*SURE[:5], margin, *SURE[6:])
-    assert bool(fault_of(recital(other(5)), CanaryRecord(tokens=TEXT, margins=margins))) == is_faulty
+    one_other = (*TEXT[:5], 7, *TEXT[6:])
+    assert bool(fault_of(recital(one_other), CanaryRecord(tokens=TEXT, margins=margins))) == is_faulty
+
+
+def test_behind_a_near_tie_the_comparison_goes_on() -> None:
+    margins = (0.1, *SURE[1:])
+    fault = fault_of(recital((7, *TEXT[1:9], 8, *TEXT[10:])), CanaryRecord(tokens=TEXT, margins=margins))
+    assert "they part at token 10 of 16" in fault
 
 
 def test_an_end_that_is_not_drawn_any_more_is_another_text() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from skulk.errors import RequestError
-from skulk.models.card import GGUF_BACKENDS, card_from_gguf, read_card
+from skulk.models.card import GGUF_BACKENDS, CardFile, card_from_gguf, read_card
 from skulk.models.gguf import GgufHeader, read_header
 from skulk.wire.model import ModelCard, ModelFile
 from tests.support.gguf import TENSORS, U64, Tensor, gguf_bytes, llama_metadata
@@ -186,7 +186,9 @@ size_bytes = 3
 def test_a_toml_card(tmp_path: Path) -> None:
     path = tmp_path / "m.toml"
     path.write_text(CARD)
-    card = read_card(path).to_card()
+    read = read_card(path)
+    assert isinstance(read, CardFile)
+    card = read.to_card()
     assert (card.model_id, card.backends, card.context_length) == ("org/m", ("fake-cpu",), 100)
     assert card.files == (ModelFile(name="m.json", size_bytes=3),)
 

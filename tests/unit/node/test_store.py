@@ -81,7 +81,10 @@ class Node:
         self.folder = home / "models"
         self.elsewhere = home / "elsewhere"
         self.shelf = Shelf(self.folder)
-        self.catalogue = Catalogue(self.folder, (self.elsewhere,), verified_file=home / "verified.json")
+        self.cards = home / "cards"
+        self.catalogue = Catalogue(
+            self.folder, (self.elsewhere,), verified_file=home / "verified.json", card_dirs=(self.cards,)
+        )
         self.tasks = FakeTasks()
         self.placed: frozenset[str] = frozenset()
         self.changes = 0
@@ -103,6 +106,11 @@ class Node:
             **shared,
         )  # fmt: skip
         self.downloads = downloads
+
+    def add_card(self, text: str) -> None:
+        self.cards.mkdir(exist_ok=True)
+        (self.cards / "own.toml").write_text(text)
+        self.catalogue.rescan()
 
     async def _changed(self) -> None:
         self.changes += 1
@@ -151,6 +159,15 @@ async def test_a_name_is_resolved_once_a_minute(node: Node) -> None:
     await node.call(STORE_RESOLVE, ResolveModel(name="org/far"))
     assert node.tasks.asked == [ResolveTask(name="org/far")]
     assert await node.code_of(STORE_RESOLVE, ResolveModel(name="no name")) == "model_not_found"
+
+
+async def test_a_card_without_files_says_which_to_take_and_what_holds_over_them(node: Node) -> None:
+    node.add_card(
+        'model_id = "org/far"\nquantization = "Q8_0"\nfile = "a.gguf"\nmax_context_tokens = 99\nsources = ["https://x"]\n'
+    )
+    found = await node.call(STORE_RESOLVE, ResolveModel(name="org/far"))
+    assert node.tasks.asked == [ResolveTask(name="org/far", quantization="Q8_0", file="a.gguf")]
+    assert found == msgspec.structs.replace(FAR, max_context_tokens=99)
 
 
 async def test_what_lies_here_is_told_without_asking_anybody(offline: Node) -> None:

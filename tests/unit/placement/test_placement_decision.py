@@ -11,6 +11,7 @@ from skulk.cluster.view import ClusterView, NodeView
 from skulk.placement import assign, place, room
 from skulk.placement import decision as decision_module
 from skulk.units import GIB, MIB
+from skulk.wire.beats import Accelerator
 from skulk.wire.model import ModelCard
 from skulk.wire.placement import PlacementDecision, PlacementRequest
 from tests.support.machines import (
@@ -79,6 +80,14 @@ def request(card: ModelCard = TINY, **changes: object) -> PlacementRequest:
     return msgspec.structs.replace(PlacementRequest(card=card), **changes)
 
 
+VULKAN_TAGS = ("llama_cpp", "llama_cpp-vulkan")
+
+
+def with_gpu(node: NodeView, *, vram_gib: int, gtt_gib: int = 0) -> NodeView:
+    gpu = Accelerator(vendor="amd", name="gpu", vram_total_bytes=vram_gib * GIB, gtt_total_bytes=gtt_gib * GIB)
+    return with_beat(node, system=msgspec.structs.replace(node.beat.system, accelerators=(gpu,)))
+
+
 FILTERED = [
     ("lost", machine("d1", CPU_TAGS, 24, heard_at=NOW - 5.0), request(), "silent for 5.0 s"),
     ("suspect", machine("d1", CPU_TAGS, 24, heard_at=NOW - 3.2), request(), "silent for 3.2 s"),
@@ -98,7 +107,26 @@ FILTERED = [
         request(SMALL, context_length=131_072),
         "a context_length of 22,784 would fit",
     ),
+    (
+        "memory",
+        machine("d1", CPU_TAGS, 96),
+        request(msgspec.structs.replace(TINY, min_vram_gib=8.0)),
+        "its card asks for 8.0 GiB of GPU memory, llama_cpp-cpu has none",
+    ),
+    (
+        "memory",
+        with_gpu(machine("d1", VULKAN_TAGS, 24), vram_gib=6),
+        request(msgspec.structs.replace(TINY, min_vram_gib=8.0)),
+        "its card asks for 8.0 GiB of GPU memory, llama_cpp-vulkan has 6.0 GiB",
+    ),
 ]
+
+
+@pytest.mark.parametrize(("vram_gib", "gtt_gib", "is_served"), [(7, 0, False), (8, 0, True), (1, 96, True)])
+def test_a_card_s_least_gpu_memory_counts_what_an_apu_maps(vram_gib: int, gtt_gib: int, is_served: bool) -> None:
+    node = with_gpu(machine("d1", VULKAN_TAGS, 24), vram_gib=vram_gib, gtt_gib=gtt_gib)
+    decision = place(cluster(node), request(msgspec.structs.replace(TINY, min_vram_gib=8.0)), NOW)
+    assert (decision.outcome == "placed") == is_served
 
 
 @pytest.mark.parametrize(("name", "node", "asked", "detail"), FILTERED)
