@@ -42,6 +42,7 @@ class BatchRequest(msgspec.Struct, frozen=True, kw_only=True):
         lane: who is served first; within a lane the order of arrival counts.
         border: where its last turn begins, tokens; worth keeping a state of, where states can't be cut. 0: unknown.
         deadline: when the request ends with ``deadline_exceeded``.
+        digests: of its prompt's beginnings (`skulk.placement.prefixes`), to be told while its cells are there.
     """
 
     key: RequestKey
@@ -58,6 +59,7 @@ class BatchRequest(msgspec.Struct, frozen=True, kw_only=True):
     border: int = 0
     arrived_at: float
     deadline: float
+    digests: tuple[int, ...] = ()
 
     @property
     def begun(self) -> tuple[ResumedChoice, ...]:

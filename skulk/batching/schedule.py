@@ -125,13 +125,13 @@ class _Draft:
         for slot, seq in self.running.items():
             if seq.marks and seq.computed >= seq.marks[0]:
                 if seq.computed == seq.marks[0]:
-                    self.park(slot, seq.known_tokens(0, seq.computed))
+                    self.park(slot, seq.known_tokens(0, seq.computed), seq.request.digests)
                 marks = tuple(mark for mark in seq.marks if mark > seq.computed)
                 self.running[slot] = msgspec.structs.replace(seq, marks=marks)
 
     # Host memory
 
-    def park(self, slot: int, tokens: tuple[int, ...], *, owner: int = 0) -> bool:
+    def park(self, slot: int, tokens: tuple[int, ...], digests: tuple[int, ...], *, owner: int = 0) -> bool:
         """Copies a slot's cells to host memory, if there is room or room can be made.
 
         ``owner``: the id that a waiting sequence will find it by; 0: it is for whoever begins alike.
@@ -147,7 +147,9 @@ class _Draft:
             self.forget(one.id for one in movable if one.tokens == tokens[: len(one.tokens)])
         self.forget_down_to(self.shape.park_bytes - size)
         parked = owner or self.fresh_id()
-        self.parked[parked] = Parked(id=parked, tokens=tokens, size_bytes=size, used_at=self.now, is_owned=owner > 0)
+        self.parked[parked] = Parked(
+            id=parked, tokens=tokens, size_bytes=size, used_at=self.now, is_owned=owner > 0, digests=digests
+        )
         self.operations.append(Park(slot=slot, parked=parked))
         return True
 
@@ -184,7 +186,7 @@ class _Draft:
 
     def evict(self, idle: Idle) -> None:
         """Empties an idle slot; what it held is parked where that has room."""
-        self.park(idle.slot, idle.tokens)
+        self.park(idle.slot, idle.tokens, idle.digests)
         del self.idle[idle.slot]
         self.operations.append(Keep(slot=idle.slot, count=0))
 
@@ -210,7 +212,8 @@ class _Draft:
         """The sequence waits again, where it stood in the order of arrival, parked or to be recomputed."""
         aside = self.fresh_id()
         del self.running[seq.slot]
-        is_parked = seq.computed > 0 and self.park(seq.slot, seq.known_tokens(0, seq.computed), owner=aside)
+        tokens = seq.known_tokens(0, seq.computed)
+        is_parked = seq.computed > 0 and self.park(seq.slot, tokens, seq.request.digests, owner=aside)
         self.operations += [End(slot=seq.slot, parked=aside), Keep(slot=seq.slot, count=0)]
         waits = msgspec.structs.replace(
             seq, slot=-1, computed=seq.computed if is_parked else 0, cells=NO_CELLS, marks=(), parked=aside
@@ -294,7 +297,7 @@ class _Draft:
             if source.count == len(idle.tokens):
                 return idle.slot, idle.cells
             if source.is_short:
-                self.park(idle.slot, idle.tokens)
+                self.park(idle.slot, idle.tokens, idle.digests)
             self.operations.append(Keep(slot=idle.slot, count=source.count))
             return idle.slot, beginning(idle.cells, source.count)
         slot = self.empty_slot(but=source.id if source.kind == "idle" else -1)

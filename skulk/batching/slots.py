@@ -131,7 +131,8 @@ def _vacated(state: BatchState, leaving: tuple[Sequence, ...], now: float) -> tu
             operations.append(Keep(slot=seq.slot, count=0))
         else:
             tokens = seq.known_tokens(0, seq.computed)
-            idle.append(Idle(slot=seq.slot, tokens=tokens, cells=seq.cells, used_at=now))
+            digests = seq.request.digests
+            idle.append(Idle(slot=seq.slot, tokens=tokens, cells=seq.cells, used_at=now, digests=digests))
     running = tuple(seq for seq in state.running if seq.slot not in slots)
     return msgspec.structs.replace(state, running=running, idle=(*state.idle, *idle)), tuple(operations)
 

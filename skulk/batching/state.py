@@ -17,12 +17,16 @@ MIN_REUSE: Final = 64
 
 
 class Idle(msgspec.Struct, frozen=True, kw_only=True):
-    """A slot in which nothing runs and whose cells are kept: ``tokens`` computed there, of use to who begins alike."""
+    """A slot in which nothing runs and whose cells are kept: ``tokens`` computed there, of use to who begins alike.
+
+    ``digests``: of the prompt that they begin with.
+    """
 
     slot: int
     tokens: tuple[int, ...]
     cells: Cells = NO_CELLS
     used_at: float
+    digests: tuple[int, ...] = ()
 
 
 class Parked(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +37,7 @@ class Parked(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int
     used_at: float
     is_owned: bool = False
+    digests: tuple[int, ...] = ()
 
 
 class BatchState(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,6 +75,15 @@ class Changed(NamedTuple):
 def used_cells(running: Iterable[Sequence], idle: Iterable[Idle]) -> int:
     """How many cells of a unified cache are in use, those that several hold counted once."""
     return count_used((*(seq.cells for seq in running), *(one.cells for one in idle)))
+
+
+def held_digests(state: BatchState) -> tuple[int, ...]:
+    """The digests of all prompts whose computed beginnings can be taken over, the ones used last first."""
+    if state.shape.reuse == "none":
+        return ()
+    kept = sorted((*state.idle, *state.parked), key=lambda one: -one.used_at)
+    running = (sequence.request.digests for sequence in reversed(state.running))
+    return tuple(dict.fromkeys(digest for digests in (*running, *(one.digests for one in kept)) for digest in digests))
 
 
 def progress(sequence: Sequence) -> Progressed:

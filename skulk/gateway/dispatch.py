@@ -3,7 +3,7 @@
 `Dispatcher.begin` decides, again and again until a runner has accepted or the answer is a refusal:
 
     1. draining, or past the deadline     -> 503 draining, 504 deadline_exceeded
-    2. a ready instance, not yet tried    -> wait for a turn (`queues`), then ask the least loaded
+    2. a ready instance, not yet tried    -> wait for a turn (`queues`), then ask the soonest (`placement.routing`)
          2a. accepted                        -> the stream
          2b. unreachable                     -> ask again with the same id for up to 1 s, then as 2c
          2c. a refusal that may pass         -> the next instance
@@ -38,6 +38,7 @@ from skulk.gateway.asking import Asking
 from skulk.gateway.crashes import Crashes, crashed
 from skulk.gateway.loading import Loads
 from skulk.gateway.queues import Queues
+from skulk.gateway.routing import Router
 from skulk.gateway.run import Attempt, Generation, Run, life_of
 from skulk.gateway.waiting import death_of, has_crashed, not_placed, why_not_ready
 from skulk.ids import new_id
@@ -75,6 +76,7 @@ class Dispatcher:
         self._asking = Asking(bus, replica, clock, spec)
         self._queues = Queues(clock)
         self._crashes = Crashes(clock)
+        self._router = Router()
         self._runs: dict[str, Run] = {}
         self._waiting = 0
         self._waited: Counter[str] = Counter()
@@ -179,7 +181,7 @@ class Dispatcher:
                     wait_s = min(left_s, self._spec.load_wait_s)
                     await turn.enter_async_context(self._queues.turn(run.generation, ready, wait_s))
                     run.has_turn = True
-                elif await self._try(run, fresh[0], view):
+                elif await self._try(run, self._soonest(view, run, fresh), view):
                     return
             elif run.lost is not None and run.has_sent:  # 3
                 raise run.lost
@@ -196,6 +198,14 @@ class Dispatcher:
         """Where a run may go: ready, not lost to it, and with the weights that its tokens came from."""
         ready = ready_instances(view, run.model_id)
         return tuple(found for found in ready if _why_not(view, run, found) is None)
+
+    def _soonest(self, view: ClusterView, run: Run, fresh: list[Instance]) -> Instance:
+        """The one that should give the first token soonest."""
+        if len(fresh) == 1:
+            return fresh[0]
+        attempts = (other.attempt for other in self._runs.values() if other.attempt is not None)
+        sent = Counter(one.runner_id for one in attempts if not one.reader.is_closed)
+        return self._router.ordered(view, tuple(fresh), run.prefix, run.request_id, sent)[0]
 
     async def _try(self, run: Run, instance: Instance, view: ClusterView) -> bool:
         """Asks one runner; False: it refused, but another one may not."""

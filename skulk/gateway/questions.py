@@ -1,6 +1,6 @@
 """A call to a runner that is answered whole: embeddings, scores, tokens. The streams' way is `dispatch`.
 
-    1. a ready instance, not yet tried in its present life    -> ask the least loaded
+    1. a ready instance, not yet tried in its present life    -> ask the soonest
          a refusal that may pass, or its death                   -> the next one
          any other refusal                                       -> the caller's: it would be the same everywhere
     2. every ready instance refused                           -> the last refusal
@@ -25,9 +25,13 @@ from skulk.bus.subjects import RUNNER_CANCEL, Endpoint
 from skulk.clock import Clock
 from skulk.cluster.view import ClusterView, instances_of, phase_of, ready_instances, runner_of
 from skulk.errors import ServiceError, SkulkError, UnavailableError
+from skulk.gateway.routing import Router
 from skulk.gateway.waiting import death_of, not_placed, why_not_ready
+from skulk.ids import new_id
+from skulk.placement.prefixes import NO_PREFIX
 from skulk.wire.beats import RunnerStatus
 from skulk.wire.generation import Cancel
+from skulk.wire.state import Instance
 
 log = logging.getLogger("skulk.gateway")
 
@@ -63,6 +67,7 @@ class Asker:
         self._clock = clock
         self._load_wait_s = load_wait_s
         self._place = place
+        self._router = Router()
         self._waiting = 0
         self._cancels: set[asyncio.Task[None]] = set()
 
@@ -80,7 +85,8 @@ class Asker:
             if left_s <= 0:
                 raise ServiceError("deadline_exceeded", f"no answer came within {timeout_s:g} s; allow more time")
             view = self._replica.view
-            ready = [runner_of(view, instance) for instance in ready_instances(view, question.model_id)]
+            found = ready_instances(view, question.model_id)
+            ready = [runner_of(view, instance) for instance in self._ordered(view, found, question)]
             fresh = [one for one in ready if one is not None and _life(one) not in tried]
             if not fresh and ready:
                 assert refusal is not None
@@ -96,6 +102,11 @@ class Asker:
                     raise
                 log.info("runner %s refused: %s", fresh[0].runner_id, error)
                 refusal = error
+
+    def _ordered(self, view: ClusterView, ready: tuple[Instance, ...], question: Question) -> tuple[Instance, ...]:
+        if len(ready) < 2:
+            return ready
+        return self._router.ordered(view, ready, NO_PREFIX, question.request_id or new_id(), {})
 
     async def close(self) -> None:
         """Waits until the runners were told what was cancelled."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import cached_property
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -20,6 +21,7 @@ from skulk.bus.streams import StreamReader
 from skulk.clock import Clock
 from skulk.errors import ServiceError, SkulkError
 from skulk.gateway.progress import Progress
+from skulk.placement.prefixes import Prefix, prefix_of
 from skulk.wire.beats import RunnerStatus
 from skulk.wire.generation import Accepted, Chunk, Limits, Priority, Prompt, Sampling, StreamEnd
 from skulk.wire.state import Instance
@@ -167,6 +169,11 @@ class Run(Stoppable):
     @property
     def model_id(self) -> str:
         return self.generation.model_id
+
+    @cached_property
+    def prefix(self) -> Prefix:
+        """What its prompt begins with; looked at only where there is a choice of runners."""
+        return prefix_of(self.generation.prompt)
 
     @property
     def current(self) -> Attempt:

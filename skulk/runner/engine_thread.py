@@ -29,7 +29,7 @@ from skulk.batching.rate import Rate, idle_limit, measured
 from skulk.batching.requests import Output, RequestKey
 from skulk.batching.schedule import schedule
 from skulk.batching.slots import add, end_all, end_request, expire
-from skulk.batching.state import BatchState, Changed
+from skulk.batching.state import BatchState, Changed, held_digests
 from skulk.clock import Clock
 from skulk.engines.protocol import Engine, EngineInfo, LoadCancelled, Progress
 from skulk.errors import RequestError, ServiceError, SkulkError
@@ -91,6 +91,8 @@ class EngineThread:
         self._stopping = False
         self._ahead = threading.Semaphore(REPORTS_AHEAD)
         self._told_progress = -1.0
+        self._told_held: tuple[int, ...] = ()
+        self._is_held_old = False
         # A daemon: a native call that never returns must not keep the process.
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
@@ -193,12 +195,20 @@ class EngineThread:
             if plan is not None:
                 if outputs:
                     # A long step must not hold back what is known before it.
-                    self._report(Stepped(tuple(outputs)))
+                    self._report(Stepped(tuple(outputs), self._held_news()))
                     outputs = []
                 result = engine.run(plan)
                 rate = measured(rate, plan, result.elapsed_s)
                 self._fold(engine, apply(self._state, plan, result, engine, self._clock.now()), outputs)
-            self._report(Stepped(tuple(outputs)))
+            self._report(Stepped(tuple(outputs), self._held_news()))
+
+    def _held_news(self) -> tuple[int, ...] | None:
+        """The digests of what can be taken over, where they aren't those that were told last."""
+        if not self._is_held_old:
+            return None
+        self._is_held_old = False
+        before, self._told_held = self._told_held, held_digests(self._state)
+        return None if self._told_held == before else self._told_held
 
     def _schedule(self, engine: Engine, rate: Rate, outputs: list[Output]) -> None:
         decoding = sum(sequence.is_decoding for sequence in self._state.running)
@@ -235,6 +245,7 @@ class EngineThread:
     def _fold(self, engine: Engine, changed: Changed, outputs: list[Output]) -> None:
         """Takes a change over and has the engine follow it; a sequence that can't begin ends its request."""
         self._state = changed.state
+        self._is_held_old = self._is_held_old or bool(changed.operations)
         outputs.extend(changed.outputs)
         refused: dict[RequestKey, RequestError] = {}
         for operation in changed.operations:

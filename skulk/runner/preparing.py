@@ -7,11 +7,14 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NamedTuple
 
+import msgspec
+
 from skulk.batching.admission import BatchShape, Reuse, admit
 from skulk.batching.requests import BatchRequest
 from skulk.clock import Clock
 from skulk.engines.protocol import Engine
 from skulk.errors import ServiceError, SkulkError
+from skulk.placement.prefixes import prefix_of
 from skulk.runner.table import OpenRequest
 from skulk.wire.generation import Generate, TokenPrompt
 
@@ -22,10 +25,11 @@ log = logging.getLogger(__name__)
 
 
 class Read(NamedTuple):
-    """A prompt's ids, and how many of them come before its last turn where that matters, else 0."""
+    """A prompt's ids, how many of them come before its last turn where that matters, else 0, and its digests."""
 
     tokens: tuple[int, ...]
     border: int
+    digests: tuple[int, ...]
 
 
 class Preparer:
@@ -55,7 +59,7 @@ class Preparer:
         work.add_done_callback(self._running.discard)
         try:
             async with asyncio.timeout(max(0.0, request.arrived_at + timeout_s - self._clock.now())):
-                tokens, border = await asyncio.shield(work)
+                tokens, border, digests = await asyncio.shield(work)
         except TimeoutError as error:
             work.add_done_callback(_retrieve)
             raise ServiceError(
@@ -64,7 +68,7 @@ class Preparer:
             ) from error
         if self._clock.now() >= request.wanted_until:
             raise ServiceError("deadline_exceeded", "the caller stopped waiting before its prompt was ready; ask again")
-        return admit(
+        admitted = admit(
             generate,
             tokens,
             shape,
@@ -72,6 +76,7 @@ class Preparer:
             default_timeout_s=self._default_timeout_s,
             border=border,
         )
+        return msgspec.structs.replace(admitted, digests=digests)
 
     async def close(self, timeout_s: float) -> bool:
         """Ends the threads.
@@ -90,7 +95,9 @@ def _read(engine: Engine, generate: Generate, reuse: Reuse) -> Read:
     prompt = TokenPrompt(tokens=generate.resume.prompt_tokens) if generate.resume is not None else generate.prompt
     try:
         tokens = tuple(engine.tokens_of(prompt))
-        return Read(tokens, engine.border_of(prompt, tokens) if reuse == "whole" else 0)
+        # of the words, also where the ids came with them: gateways know the words
+        digests = tuple(mark.digest for mark in prefix_of(generate.prompt).marks)
+        return Read(tokens, engine.border_of(prompt, tokens) if reuse == "whole" else 0, digests)
     except SkulkError:
         raise
     except Exception as error:  # a named border: what one prompt does to the tokenizer ends this request alone

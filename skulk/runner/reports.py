@@ -62,9 +62,13 @@ class Refused(msgspec.Struct, frozen=True):
 
 
 class Stepped(msgspec.Struct, frozen=True):
-    """A turn of the loop: the engine is alive, and this is what came of it."""
+    """A turn of the loop: the engine is alive, and this is what came of it.
+
+    ``held``: digests of the prompts whose beginnings are there, where that has changed; None: as before.
+    """
 
     outputs: tuple[Output, ...]
+    held: tuple[int, ...] | None = None
 
 
 class Vectors(msgspec.Struct, frozen=True):

@@ -34,6 +34,7 @@ from skulk.bus.subjects import (
 from skulk.clock import Clock
 from skulk.engines.protocol import Engine, EngineInfo
 from skulk.errors import ServiceError, SkulkError, UnavailableError
+from skulk.placement.prefixes import filter_of
 from skulk.runner.embedding import EmbedDesk
 from skulk.runner.engine_thread import EngineThread, Load
 from skulk.runner.preparing import Preparer
@@ -51,6 +52,7 @@ from skulk.runner.reports import (
     Vectors,
 )
 from skulk.runner.shape import shape_of
+from skulk.runner.speeds import speeds_after
 from skulk.runner.status import StatusBoard
 from skulk.runner.table import OpenRequest, RequestTable
 from skulk.runner.texts import check_generates
@@ -300,6 +302,7 @@ class Runner:
             end.timings.prefill_s + end.timings.decode_s if end.timings and end.reason in ("stop", "length") else None
         )
         self._table.ended(request, self._clock.now(), took_s)
+        self.status.note(**speeds_after(self.status.now, end, request.generate.n))
 
     def _finish_all(self, error: SkulkError) -> None:
         """Ends what is open without the engine thread, which is gone or doesn't answer."""
@@ -326,10 +329,12 @@ class Runner:
                 self._loaded(engine, shape)
             case Refused(error):
                 self._refused(error)
-            case Stepped(outputs):
+            case Stepped(outputs, held):
                 self._outbox.step_finished(self._clock.now())
                 for output in outputs:
                     self._tell(output)
+                if held is not None:
+                    self.status.note(prefixes=filter_of(held))
                 self._note_load()
             case Vectors():
                 self._desk.took(report)

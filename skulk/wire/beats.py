@@ -75,6 +75,10 @@ class RunnerStatus(Wire, frozen=True, kw_only=True):
         memory_bytes: resident memory of the process; 0 where unknown.
         expected_bytes: what the placement estimated that it takes right after its load, headroom not counted.
         loaded_bytes: what it was measured to take then; 0 before.
+        prefill_tps: prompt tokens that it computed a second lately; 0: not measured.
+        decode_tps: tokens that it drew a second lately for one sequence; 0: not measured.
+        request_s: seconds that requests kept their slots lately; 0: not measured.
+        prefixes: Bloom filter of the prompts whose beginnings it can take over (`skulk.placement.prefixes`).
         error: why it was refused or failed.
         restarts: how often this assignment's process was started again.
         idle_s: seconds since the last request ended, or since it was ready; 0 while any is open.
@@ -100,6 +104,10 @@ class RunnerStatus(Wire, frozen=True, kw_only=True):
     idle_s: float = 0.0
     expected_bytes: int = 0
     loaded_bytes: int = 0
+    prefill_tps: float = 0.0
+    decode_tps: float = 0.0
+    request_s: float = 0.0
+    prefixes: str = ""
 
 
 class HealthReason(Wire, frozen=True, kw_only=True):

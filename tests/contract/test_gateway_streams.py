@@ -17,6 +17,7 @@ from skulk.bus.streams import StreamWriter
 from skulk.errors import RequestError, UnavailableError
 from skulk.gateway.app import INBOX
 from skulk.gateway.keys import DISPATCHER, METRICS
+from skulk.placement.prefixes import filter_of, prefix_of
 from skulk.wire.base import ErrorBody
 from skulk.wire.generation import ChatMessage, ChatPrompt, StreamEnd, TextPrompt
 from tests.support.child_processes import no_process_left
@@ -190,7 +191,7 @@ async def test_a_full_runner_is_429_with_retry_after_and_another_one_is_asked_fi
     answer = await gateway.chat(stream=True)
     assert (answer.status, answer.headers["Retry-After"]) == (429, "3")
     assert answer.error["type"] == "rate_limit_error"
-    other = await gateway.serve_model("i2")
+    other = await gateway.serve_model("i2", active=1)
     assert (await gateway.chat()).status == 200
     assert [ask.attempt for ask in other.asked] == [2]
     assert runner.asked[-1].request_id == other.asked[0].request_id
@@ -461,3 +462,20 @@ async def test_long_prompts_cross_the_bus_whatever_its_limit_is(tmp_path: Path) 
             whole = await world.whole(messages=long, temperature=0, max_tokens=100)
             assert len(world.runs[-1].prompt_ids) > 200_000
             assert len(whole.texts()[0].encode()) == 60
+
+
+async def test_the_replica_that_has_the_conversation_is_asked(gateway: Gateway) -> None:
+    """Three replicas, one of which tells that it has computed this beginning; it is the busier one."""
+    told = [{"role": "user", "content": "Name three rivers, and what lies on their banks. " * 40}]
+    runners = [await gateway.serve_model(f"i{number}") for number in (1, 2, 3)]
+    assert (await gateway.chat(messages=told)).status == 200
+    (first,) = [runner for runner in runners if runner.asked]
+    marks = prefix_of(first.asked[0].prompt).marks
+    chosen = next(name for name, runner in zip(("i1", "i2", "i3"), runners, strict=True) if runner is not first)
+    await gateway.set_phase(chosen, "ready", active=1, prefixes=filter_of(mark.digest for mark in marks))
+    await gateway.sees(lambda view: any(status.prefixes for status in view.runners.values()))
+    longer = [*told, {"role": "assistant", "content": "The Rhine."}, {"role": "user", "content": "Go on."}]
+    for _ in range(5):
+        assert (await gateway.chat(messages=longer)).status == 200
+    asked = {name: len(runner.asked) for name, runner in zip(("i1", "i2", "i3"), runners, strict=True)}
+    assert asked[chosen] == 5

@@ -248,9 +248,18 @@ class FakeCluster:
         await self.bus.publish(RUNNER_STATUS, spoken, runner=spoken.runner_id)
 
     async def serve_model(
-        self, instance_id: str = "i1", *, model_id: str = MODEL, phase: RunnerPhase = "ready", size_bytes: int = 0
+        self,
+        instance_id: str = "i1",
+        *,
+        model_id: str = MODEL,
+        phase: RunnerPhase = "ready",
+        size_bytes: int = 0,
+        active: int = 0,
     ) -> FakeRunner:
-        """An instance with a runner in that phase; ``size_bytes``: of its weights, where they are others than usual."""
+        """An instance with a runner in that phase, at work for so many.
+
+        ``size_bytes``: of its weights, where they are others than usual.
+        """
         made = instance(instance_id, model_id=model_id)
         if size_bytes:
             weights = card(model_id, weights_bytes=size_bytes)
@@ -260,7 +269,7 @@ class FakeCluster:
         await self.append(InstanceAssigned(instance_id=instance_id, assignment=assigned))
         runner = self.runners[assigned.runner_id] = FakeRunner(self.bus, assigned.runner_id)
         await runner.start()
-        await self.set_phase(instance_id, phase)
+        await self.set_phase(instance_id, phase, active=active)
         return runner
 
     async def run_placed(self) -> FakeRunner:
