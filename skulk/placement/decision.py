@@ -27,14 +27,13 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-import msgspec
-
-from skulk.cluster.view import ClusterView, NodeView, drain_of, liveness_of
+from skulk.cluster.liveness import node_liveness
+from skulk.cluster.view import ClusterView, NodeView, drain_of
 from skulk.ids import runner_id
 from skulk.placement.backends import Ranked, rank_of
-from skulk.placement.memory import Fit, context_limit, fit_context, largest_context, least_need
+from skulk.placement.fitting import Fit, Fitter, context_limit, largest_context, least_need
 from skulk.placement.rooms import rooms
-from skulk.placement.weights import holds, why_not_fetched
+from skulk.placement.weights import sources_of, why_not_fetched
 from skulk.units import GIB, format_bytes
 from skulk.wire.base import PROTOCOL
 from skulk.wire.placement import NodeReport, PlacementDecision, PlacementRequest
@@ -97,16 +96,16 @@ def place(
         now: seconds on the clock of the view's ``heard_at``.
         default_parallel: sequences side by side where the request doesn't say.
 
-    Cost: O(instances + nodes x log context).
+    Cost: O(instances + nodes).
     """
     # 1.
     impossible = _impossible(request)
     if impossible:
         return PlacementDecision(outcome="unplaceable", reason=impossible, reports=_unjudged(view, impossible))
     # 2.
-    n_parallel = default_parallel if request.n_parallel is None else request.n_parallel
+    question = _Question(view, request, now, default_parallel)
     have = rooms(view)
-    reports = tuple(_report(view, request, node_id, n_parallel, now, have[node_id]) for node_id in sorted(view.nodes))
+    reports = tuple(_report(question, view.nodes[node_id], have[node_id]) for node_id in sorted(view.nodes))
     fitting = [report for report in reports if report.filter is None]
     # 3.
     if fitting:
@@ -172,33 +171,57 @@ def _unjudged(view: ClusterView, reason: str) -> tuple[NodeReport, ...]:
     )
 
 
-def _report(
-    view: ClusterView, request: PlacementRequest, node_id: str, n_parallel: int, now: float, have: int
-) -> NodeReport:
+class _Question:
+    """What all nodes are asked alike, worked out once."""
+
+    def __init__(self, view: ClusterView, request: PlacementRequest, now: float, default_parallel: int) -> None:
+        self.view: Final = view
+        self.request: Final = request
+        self.now: Final = now
+        self.fitter: Final = Fitter(request.card, request.context_length)
+        self.sources: Final = sources_of(view, request.card)
+        self.excluded: Final = frozenset(request.excluded_nodes)
+        self.selected: Final = frozenset(request.node_ids)
+        asked = request.n_parallel
+        self.widths: Final = _narrower(default_parallel) if asked is None else (asked,)
+        self._ranks: dict[tuple[str, ...], Ranked | None] = {}
+
+    def rank_of(self, tags: tuple[str, ...]) -> Ranked | None:
+        """The card's best backend among a node's; nodes of one kind have the same tags."""
+        if tags not in self._ranks:
+            self._ranks[tags] = rank_of(self.request.card.backends, tags)
+        return self._ranks[tags]
+
+
+def _report(question: _Question, node: NodeView, have: int) -> NodeReport:
     """Step 2 for one node."""
-    node = view.nodes[node_id]
-    verdict = _absent(view, node, now) or _unwanted(view, request, node) or _unready(node)  # a. to g.
-    ranked = rank_of(request.card.backends, node.beat.tags)
-    backend = None if ranked is None else ranked.backend
+    request = question.request
+    verdict = _absent(question, node) or _unwanted(question, node) or _unready(node)  # a. to g.
+    ranked = question.rank_of(node.beat.tags)
     if verdict is None and ranked is None:  # h.
         offered = ", ".join(tag for tag in node.beat.tags if "-" in tag) or "nothing"
         verdict = _Verdict("backend_mismatch", f"needs {' or '.join(request.card.backends)}, offers {offered}")
-    if verdict is None and (missing := why_not_fetched(view, request.card, node)):  # i.
+    if verdict is None and (missing := why_not_fetched(question.sources, request.card, node)):  # i.
         verdict = _Verdict("weights_missing", missing)
     if verdict is None and ranked is not None and (short := _small_gpu(request, node, ranked.backend)):  # j.
         verdict = _Verdict("memory", short)
     if verdict is not None:
         return NodeReport(
-            node_id=node_id, name=node.beat.name, filter=verdict.filter, detail=verdict.detail, backend=backend
+            node_id=node.beat.node_id,
+            name=node.beat.name,
+            filter=verdict.filter,
+            detail=verdict.detail,
+            backend=None if ranked is None else ranked.backend,
         )
     assert ranked is not None
-    return _sized(request, node, ranked, n_parallel, have)  # j.
+    return _sized(question, node, ranked, have)  # j.
 
 
-def _absent(view: ClusterView, node: NodeView, now: float) -> _Verdict | None:
-    liveness = liveness_of(view, node.beat.node_id, now)
+def _absent(question: _Question, node: NodeView) -> _Verdict | None:
+    silent_s = question.now - node.heard_at
+    liveness = node_liveness(silent_s)
     if liveness != "live":  # a.
-        return _Verdict(liveness, f"silent for {now - node.heard_at:.1f} s")
+        return _Verdict(liveness, f"silent for {silent_s:.1f} s")
     if node.beat.protocol != PROTOCOL:  # b.
         return _Verdict("incompatible", f"speaks version {node.beat.protocol} of the bus contract, not {PROTOCOL}")
     if node.beat.role == "management":  # c.
@@ -206,13 +229,13 @@ def _absent(view: ClusterView, node: NodeView, now: float) -> _Verdict | None:
     return None
 
 
-def _unwanted(view: ClusterView, request: PlacementRequest, node: NodeView) -> _Verdict | None:
-    names = {node.beat.node_id, node.beat.name}
-    if names & set(request.excluded_nodes):  # d.
+def _unwanted(question: _Question, node: NodeView) -> _Verdict | None:
+    node_id, name = node.beat.node_id, node.beat.name
+    if question.excluded and (node_id in question.excluded or name in question.excluded):  # d.
         return _Verdict("excluded", "named in excluded_nodes")
-    if request.node_ids and not names & set(request.node_ids):  # e.
-        return _Verdict("not_selected", f"node_ids names only {', '.join(request.node_ids)}")
-    drain = drain_of(view, node.beat.node_id)
+    if question.selected and node_id not in question.selected and name not in question.selected:  # e.
+        return _Verdict("not_selected", f"node_ids names only {', '.join(question.request.node_ids)}")
+    drain = drain_of(question.view, node_id)
     if drain is not None:  # f.
         return _Verdict("draining", drain.reason or "takes no new work")
     return None
@@ -247,39 +270,35 @@ def _small_gpu(request: PlacementRequest, node: NodeView, backend: str) -> str:
     )
 
 
-def _sized(request: PlacementRequest, node: NodeView, ranked: Ranked, n_parallel: int, have: int) -> NodeReport:
+def _sized(question: _Question, node: NodeView, ranked: Ranked, have: int) -> NodeReport:
     """Filter j., and the score of what passes it."""
-    card, asked = request.card, request.context_length
-    report = NodeReport(node_id=node.beat.node_id, name=node.beat.name, backend=ranked.backend, available_bytes=have)
-    widths = (n_parallel,) if request.n_parallel is not None else _narrower(n_parallel)
+    card, asked, fitter = question.request.card, question.request.context_length, question.fitter
     fit: Fit | None = None
-    for width in widths:
-        fit = fit_context(
-            card,
-            room_bytes=have,
-            asked=asked,
-            n_parallel=width,
-            backend=ranked.backend,
-            engine=node.beat.engine,
-        )
-        if fit is not None and (asked is None or fit.context_length >= largest_context(card, asked)):
+    for width in question.widths:
+        fit = fitter.fit(have, width, ranked.backend, node.beat.engine)
+        if fit is not None and (asked is None or fit.context_length >= fitter.most):
             break
     else:
-        need = least_need(card, asked, widths[-1], ranked.backend, node.beat.engine)
-        return msgspec.structs.replace(
-            report,
+        need = least_need(card, asked, question.widths[-1], ranked.backend, node.beat.engine)
+        return NodeReport(
+            node_id=node.beat.node_id,
+            name=node.beat.name,
+            backend=ranked.backend,
+            available_bytes=have,
             filter="memory",
             detail=f"memory need {format_bytes(need.need_bytes)} have {format_bytes(have)}{_offer(fit)}",
             memory=need,
         )
-    assert fit is not None
-    return msgspec.structs.replace(
-        report,
+    return NodeReport(
+        node_id=node.beat.node_id,
+        name=node.beat.name,
+        backend=ranked.backend,
+        available_bytes=have,
         context_length=fit.context_length,
         n_parallel=fit.n_parallel,
         kv_cells=fit.kv_cells,
         memory=fit.memory,
-        score=_score(node, ranked.rank, fit, have, is_held=holds(node, card)),
+        score=_score(node, ranked.rank, fit, have, is_held=node.beat.node_id in question.sources.holders),
     )
 
 

@@ -32,13 +32,23 @@ def reserved_bytes(
     A wanted runner counts whole until it is measured, also before it is reported and while it is down between two
     starts; one that is no longer wanted counts until its process is gone. A refused one holds nothing.
     """
-    known = {status.runner_id: status for status in statuses}
-    promised = {name: need for name, need in assigned.items() if name not in known}
-    for name, status in known.items():
-        wanted = assigned.get(name, 0) if status.phase != "refused" else 0
-        held = 0 if status.phase in _GONE else status.reserved_bytes
-        promised[name] = max(wanted, held)
-    return sum(max(0, need - measured.get(name, 0)) for name, need in promised.items())
+    promised = 0
+    told: set[str] = set()
+    for status in statuses:
+        name = status.runner_id
+        told.add(name)
+        need = assigned.get(name, 0)
+        if status.phase == "refused":
+            need = 0
+        elif status.phase not in _GONE and status.reserved_bytes > need:
+            need = status.reserved_bytes
+        unseen = need - measured.get(name, 0)
+        if unseen > 0:
+            promised += unseen
+    for name, need in assigned.items():
+        if name not in told:
+            promised += max(0, need - measured.get(name, 0))
+    return promised
 
 
 def room(view: ClusterView, node_id: str) -> int:
@@ -52,15 +62,23 @@ def rooms(view: ClusterView) -> dict[str, int]:
     for instance in view.state.instances.values():
         if (found := instance.assignment) is not None:
             assigned.setdefault(found.node_id, {})[found.runner_id] = found.memory.need_bytes
-    newest: dict[str, dict[str, RunnerStatus]] = {
-        node_id: {status.runner_id: status for status in node.beat.runners} for node_id, node in view.nodes.items()
-    }
+    newest: dict[str, dict[str, RunnerStatus]] = {}
     for name, status in view.runners.items():
-        if status.node_id in newest:
-            newest[status.node_id][name] = status
-    return {node_id: _room(node, newest[node_id], assigned.get(node_id, {})) for node_id, node in view.nodes.items()}
+        newest.setdefault(status.node_id, {})[name] = status
+    nothing: dict[str, int] = {}
+    silent: dict[str, RunnerStatus] = {}
+    return {
+        node_id: _room(node, newest.get(node_id, silent), assigned.get(node_id, nothing))
+        for node_id, node in view.nodes.items()
+    }
 
 
 def _room(node: NodeView, newest: Mapping[str, RunnerStatus], assigned: Mapping[str, int]) -> int:
-    measured = {status.runner_id: status.memory_bytes for status in node.beat.runners}
-    return max(0, node.beat.memory.usable_bytes - reserved_bytes(newest.values(), assigned, measured))
+    usable = node.beat.memory.usable_bytes
+    told = node.beat.runners
+    if not (told or newest or assigned):
+        return max(0, usable)
+    statuses = {status.runner_id: status for status in told}
+    measured = {name: status.memory_bytes for name, status in statuses.items()}
+    statuses.update(newest)
+    return max(0, usable - reserved_bytes(statuses.values(), assigned, measured))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 from skulk.cluster.view import ClusterView, NodeView
 from skulk.units import MIB, format_bytes
@@ -13,19 +13,40 @@ DISK_MARGIN: Final = 512 * MIB
 """What stays free on a disk that weights are fetched to."""
 
 
-def holds(node: NodeView, card: ModelCard) -> bool:
-    """Whether the files lie on the node's disk; another revision counts: the node itself looks closer."""
-    return any(held.model_id == card.model_id for held in node.beat.models)
+class Sources(NamedTuple):
+    """Where a model's files are. ``holders``: nodes that have them; ``servers``: those that also serve them."""
+
+    holders: frozenset[str]
+    servers: frozenset[str]
+    is_on_hub: bool
+    size_bytes: int
 
 
-def why_not_fetched(view: ClusterView, card: ModelCard, node: NodeView) -> str:
+def sources_of(view: ClusterView, card: ModelCard) -> Sources:
+    """Looked up once for a placement. Another revision counts: the node itself looks closer. O(models held)."""
+    model_id = card.model_id
+    holders: list[NodeView] = []
+    for node in view.nodes.values():
+        for held in node.beat.models:
+            if held.model_id == model_id:
+                holders.append(node)
+                break
+    return Sources(
+        frozenset(node.beat.node_id for node in holders),
+        frozenset(node.beat.node_id for node in holders if node.beat.files is not None),
+        bool(card.repo and card.revision),
+        card.size_bytes,
+    )
+
+
+def why_not_fetched(sources: Sources, card: ModelCard, node: NodeView) -> str:
     """Why the files are not there and can't come, with the numbers; empty: they are there, or can come."""
-    if holds(node, card):
+    if node.beat.node_id in sources.holders:
         return ""
     missing = f"has no files of {card.model_id}"
-    if not _has_source(view, card, node):
+    if not _has_source(sources, node):
         return missing
-    need, have = card.size_bytes + DISK_MARGIN, node.beat.disk.available_bytes
+    need, have = sources.size_bytes + DISK_MARGIN, node.beat.disk.available_bytes
     return (
         ""
         if need <= have
@@ -33,14 +54,11 @@ def why_not_fetched(view: ClusterView, card: ModelCard, node: NodeView) -> str:
     )
 
 
-def _has_source(view: ClusterView, card: ModelCard, node: NodeView) -> bool:
-    if node.beat.hub and card.repo and card.revision:
+def _has_source(sources: Sources, node: NodeView) -> bool:
+    if node.beat.hub and sources.is_on_hub:
         return True
     # a node that fetches nothing at all has neither an address nor a hub, and is not sent for weights
-    fetches = node.beat.hub or node.beat.files is not None
-    return fetches and any(
-        other is not node and other.beat.files is not None and holds(other, card) for other in view.nodes.values()
-    )
+    return bool(sources.servers) and (node.beat.hub or node.beat.files is not None)
 
 
 def weights_of(view: ClusterView, instance: Instance) -> str:

@@ -34,7 +34,7 @@ class PlacementRequest(Wire, frozen=True, kw_only=True):
     n_parallel: int | None = None
 
 
-class MemoryEstimate(Wire, frozen=True, kw_only=True):
+class MemoryEstimate(Wire, frozen=True, kw_only=True, gc=False):
     """What an instance will take of one pool, in parts, in bytes; ``need_bytes`` is what is reserved.
 
     ``process_bytes``: of the runner itself, without the model. ``park_bytes``: host memory of the runner for states
@@ -55,7 +55,7 @@ class MemoryEstimate(Wire, frozen=True, kw_only=True):
         return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.process_bytes
 
 
-class NodeReport(Wire, frozen=True, kw_only=True):
+class NodeReport(Wire, frozen=True, kw_only=True, gc=False):
     """Why a node was taken, or not: the filter that excluded it with its numbers, or the score in parts.
 
     Attributes:

@@ -1,29 +1,14 @@
-"""Estimates by hand-worked figures, and the context that fits."""
+"""Estimates by hand-worked figures."""
 
 from __future__ import annotations
 
 import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from skulk.placement.memory import (
-    CELL_STEP,
-    KV_SHARE,
-    MIN_CONTEXT,
-    PARK_MAX,
-    PARK_SHARE,
-    context_limit,
-    estimate,
-    fit_context,
-    is_streamed,
-    least_need,
-    round_up,
-)
+from skulk.placement.memory import estimate
 from skulk.units import GIB, KIB, MIB
 from skulk.wire.beats import EngineFacts
-from skulk.wire.model import ModelCard
-from tests.support.machines import LARGE, MLX, MODELS, SMALL, TINY, model
+from tests.support.machines import MLX, SMALL, TINY, model
 
 CPU = "llama_cpp-cpu"
 
@@ -80,26 +65,6 @@ def test_layers_with_a_window_keep_less(n_parallel: int, kv_cells: int, narrow: 
     assert memory.kv_bytes == kv_cells * (card.kv_bytes_per_token - 100 * KIB) + narrow * 100 * KIB
 
 
-def test_parked_states_take_what_is_left_up_to_a_share() -> None:
-    def parked(room_bytes: int, backend: str = CPU) -> tuple[int, int]:
-        fit = fit_context(TINY, room_bytes=room_bytes, asked=8192, n_parallel=1, backend=backend)
-        assert fit is not None
-        assert fit.context_length == 8192
-        parts = fit.memory
-        assert parts.need_bytes == (parts.expected_bytes + parts.headroom_bytes + parts.park_bytes)
-        return parts.park_bytes, parts.kv_bytes
-
-    need = estimate(TINY, 8192, 1, 8192, CPU).need_bytes
-    assert parked(need)[0] == 0, "not a token of context is given for it"
-    assert parked(need + MIB)[0] == MIB
-    park, kv = parked(64 * GIB)
-    assert park == kv // PARK_SHARE
-    assert parked(64 * GIB, "mlx-metal")[0] == 0, "that engine parks nothing"
-    large = fit_context(SMALL, room_bytes=96 * GIB, asked=None, n_parallel=16, backend=CPU)
-    assert large is not None
-    assert large.memory.park_bytes == PARK_MAX
-
-
 def test_small_weights_are_lifted_to_the_floor() -> None:
     memory = estimate(TINY, 8192, 1, 8192, CPU)
     assert memory.weights_bytes + memory.process_bytes + memory.headroom_bytes == 256 * MIB
@@ -135,108 +100,3 @@ def test_the_estimate_covers_what_llama_cpp_was_seen_to_ask_for() -> None:
 def test_a_context_smaller_than_its_cells_is_a_defect() -> None:
     with pytest.raises(AssertionError):
         estimate(TINY, 4096, 1, 2048, CPU)
-
-
-def test_plenty_of_room_gives_the_trained_context_and_full_streams() -> None:
-    fit = fit_context(TINY, room_bytes=64 * GIB, asked=None, n_parallel=16, backend=CPU)
-    assert fit is not None
-    assert (fit.context_length, fit.kv_cells) == (8192, 16 * 8192)
-    assert is_streamed(fit.context_length, 16, fit.kv_cells)
-
-
-def test_kv_beyond_one_context_stays_within_its_share_of_the_room() -> None:
-    fit = fit_context(TINY, room_bytes=4 * GIB, asked=None, n_parallel=16, backend=CPU)
-    assert fit is not None
-    assert fit.context_length == 8192
-    assert 8192 < fit.kv_cells < 16 * 8192
-    share = 4 * GIB // KV_SHARE
-    assert share - CELL_STEP * TINY.kv_bytes_per_token < fit.memory.kv_bytes <= share
-
-
-def test_one_context_may_take_more_than_the_share() -> None:
-    fit = fit_context(SMALL, room_bytes=24 * GIB, asked=None, n_parallel=16, backend=CPU)
-    assert fit is not None
-    assert fit.context_length == fit.kv_cells == 131_072
-    assert fit.memory.kv_bytes > 24 * GIB // KV_SHARE
-
-
-def test_little_room_gives_a_smaller_context() -> None:
-    fit = fit_context(SMALL, room_bytes=10 * GIB, asked=None, n_parallel=16, backend=CPU)
-    assert fit is not None
-    assert MIN_CONTEXT < fit.context_length < 131_072
-    larger = estimate(SMALL, fit.context_length + CELL_STEP, 16, fit.context_length + CELL_STEP, CPU)
-    assert larger.need_bytes > 10 * GIB
-
-
-def test_no_room_is_no_fit() -> None:
-    need = least_need(SMALL, None, 16, CPU).need_bytes
-    assert fit_context(SMALL, room_bytes=need - 1, asked=None, n_parallel=16, backend=CPU) is None
-    just = fit_context(SMALL, room_bytes=need, asked=None, n_parallel=16, backend=CPU)
-    assert just is not None
-    assert just.context_length == MIN_CONTEXT
-
-
-@pytest.mark.parametrize(
-    ("asked", "trained", "most", "expected"),
-    [
-        (None, 8192, None, 8192),
-        (None, 8192, 4096, 4096),
-        (5000, 8192, None, 4864),
-        (8192, 8192, 4096, 4096),
-        (100, 8192, None, 100),
-        (None, 100, None, 100),
-        (None, 1000, None, 768),
-    ],
-)
-def test_the_window_is_the_least_of_asked_trained_and_card(
-    asked: int | None, trained: int, most: int | None, expected: int
-) -> None:
-    card = msgspec.structs.replace(TINY, context_length=trained, max_context_tokens=most)
-    fit = fit_context(card, room_bytes=64 * GIB, asked=asked, n_parallel=2, backend=CPU)
-    assert fit is not None
-    assert fit.context_length == expected
-    assert fit.kv_cells == 2 * round_up(expected)
-
-
-cards = st.sampled_from(MODELS)
-rooms = st.integers(min_value=0, max_value=200 * GIB)
-askeds = st.none() | st.integers(min_value=1, max_value=200_000)
-parallels = st.integers(min_value=1, max_value=64)
-
-
-@given(card=cards, room_bytes=rooms, asked=askeds, n_parallel=parallels)
-def test_a_fit_is_within_room_limits_and_cells(
-    card: ModelCard, room_bytes: int, asked: int | None, n_parallel: int
-) -> None:
-    fit = fit_context(card, room_bytes=room_bytes, asked=asked, n_parallel=n_parallel, backend=CPU)
-    if fit is None:
-        return
-    assert fit.memory.need_bytes <= room_bytes
-    assert fit.context_length <= min(context_limit(card), asked or context_limit(card))
-    assert fit.context_length % CELL_STEP == 0 or fit.context_length < CELL_STEP
-    assert fit.kv_cells % CELL_STEP == 0
-    assert round_up(fit.context_length) <= fit.kv_cells <= n_parallel * round_up(fit.context_length)
-    park = fit.memory.park_bytes
-    assert 0 <= park <= min(fit.memory.kv_bytes // PARK_SHARE, PARK_MAX)
-    without = msgspec.structs.replace(fit.memory, park_bytes=0, need_bytes=fit.memory.need_bytes - park)
-    assert without == estimate(card, fit.context_length, n_parallel, fit.kv_cells, CPU)
-
-
-@given(card=cards, room_bytes=rooms, more=st.integers(min_value=0, max_value=50 * GIB), n_parallel=parallels)
-def test_more_room_never_gives_a_smaller_context(card: ModelCard, room_bytes: int, more: int, n_parallel: int) -> None:
-    before = fit_context(card, room_bytes=room_bytes, asked=None, n_parallel=n_parallel, backend=CPU)
-    after = fit_context(card, room_bytes=room_bytes + more, asked=None, n_parallel=n_parallel, backend=CPU)
-    if before is None:
-        return
-    assert after is not None
-    assert after.context_length >= before.context_length
-
-
-@given(asked=st.integers(min_value=256, max_value=131_072), n_parallel=parallels)
-def test_the_figure_of_a_refusal_is_the_room_that_would_do(asked: int, n_parallel: int) -> None:
-    need = least_need(LARGE, asked, n_parallel, CPU).need_bytes
-    fit = fit_context(LARGE, room_bytes=need, asked=asked, n_parallel=n_parallel, backend=CPU)
-    short = fit_context(LARGE, room_bytes=need - 1, asked=asked, n_parallel=n_parallel, backend=CPU)
-    assert fit is not None
-    assert fit.context_length == asked // CELL_STEP * CELL_STEP
-    assert short is None or short.context_length < fit.context_length

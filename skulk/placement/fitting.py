@@ -1,0 +1,269 @@
+"""The largest context that fits a room, and how many cells beside it.
+
+Cells. ``context_length`` is the window of one request; ``kv_cells`` lies between it and ``n_parallel`` times it. Full
+streams (``n_parallel x context_length`` cells, one stream a sequence) decode fastest, but most of their cells stay
+empty; so they are taken only while all KV stays within a quarter of the room; otherwise one unified cache takes that
+quarter, or one context if that is more.
+
+Parked states take a quarter of the KV, 1 GiB at most, and no more than all the rest leaves: host memory for sequences
+that yield and for prefixes that come back.
+
+How it is found. The need of a unified cache is, above the rows of one step, two straight lines in its cells on each
+side of the sliding window's end: one where the headroom counts, one where weights and process outgrow it. So the most
+cells that a room holds is a division, not a search; a master asks for it once a node at every placement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import msgspec
+
+from skulk.placement.memory import (
+    CELL_BYTES,
+    CELL_STEP,
+    TOKEN_BYTES,
+    UNMEASURED,
+    estimate,
+    half_bits,
+    round_down,
+    round_up,
+    row_bytes,
+    weights_with_headroom,
+    window_cells,
+)
+from skulk.units import GIB
+from skulk.wire.beats import EngineFacts
+from skulk.wire.model import ModelCard
+from skulk.wire.placement import MemoryEstimate
+
+MIN_CONTEXT: Final = 2048
+"""The smallest context admitted when none was asked for; less is of little use to a chat."""
+KV_SHARE: Final = 4
+"""KV beyond one context may take up to the room divided by this."""
+PARK_SHARE: Final = 4
+PARK_MAX: Final = GIB
+"""The most host memory for parked states: the KV divided by `PARK_SHARE`, and this."""
+_NO_END: Final = 2**62
+
+
+class Fit(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What is admitted: the window of one request, how many run side by side, the cells they share, and the memory."""
+
+    context_length: int
+    n_parallel: int
+    kv_cells: int
+    memory: MemoryEstimate
+
+
+def context_limit(card: ModelCard) -> int:
+    """The largest context that a card allows: what the model was trained for, or less where the card says so."""
+    if card.max_context_tokens is None:
+        return card.context_length
+    return min(card.context_length, card.max_context_tokens)
+
+
+def smallest_context(card: ModelCard, asked: int | None) -> int:
+    """The least that may be admitted: what was asked for; without a wish `MIN_CONTEXT`, or all of a shorter model."""
+    limit = context_limit(card)
+    return _admissible(min(asked, limit) if asked is not None else min(MIN_CONTEXT, limit))
+
+
+def largest_context(card: ModelCard, asked: int | None) -> int:
+    """The most that may be admitted: what was asked for, within the card's limit."""
+    limit = context_limit(card)
+    return _admissible(limit if asked is None else min(asked, limit))
+
+
+def _admissible(tokens: int) -> int:
+    """A window that fills its cells; one below 256 keeps its length and wastes the rest of its cells."""
+    return round_down(tokens) or tokens
+
+
+def least_need(
+    card: ModelCard, asked: int | None, n_parallel: int, backend: str, engine: EngineFacts = UNMEASURED
+) -> MemoryEstimate:
+    """What the smallest admissible context takes: the figure that a refusal names."""
+    context = smallest_context(card, asked)
+    return estimate(card, context, n_parallel, round_up(context), backend, engine)
+
+
+def fit_context(
+    card: ModelCard,
+    *,
+    room_bytes: int,
+    asked: int | None,
+    n_parallel: int,
+    backend: str,
+    engine: EngineFacts = UNMEASURED,
+) -> Fit | None:
+    """The largest context that fits a room, and the cells beside it. None: not even the smallest one fits.
+
+    Args:
+        card: the model.
+        room_bytes: what the node has left.
+        asked: the request's context; it is never exceeded, and a smaller one may come out (multiples of 256).
+        n_parallel: sequences served side by side.
+        backend: resolved tag.
+        engine: the node's, by its beat.
+    """
+    return Fitter(card, asked).fit(room_bytes, n_parallel, backend, engine)
+
+
+class _Line(NamedTuple):
+    """Bytes by cells, from ``low`` to ``high`` of them: base + slope x cells + (kv_slope x cells + kv_base) // 32."""
+
+    low: int
+    high: int
+    base: int
+    slope: int
+    kv_slope: int
+    kv_base: int
+
+    def most(self, room_bytes: int) -> int:
+        """The most cells, multiples of 256 or not, that stay within a room; negative where none do."""
+        divisor = self.kv_slope + 32 * self.slope
+        spare = 32 * (room_bytes - self.base + 1) - 1 - self.kv_base
+        if divisor == 0:
+            return _NO_END if spare >= 0 else -1
+        return spare // divisor
+
+
+class _Need(NamedTuple):
+    """What a unified cache needs, lowest piece first: by headroom, by process (without the node's part); its KV alone.
+
+    ``least_bytes``: less than any context needs.
+    """
+
+    headed: tuple[_Line, ...]
+    worked: tuple[_Line, ...]
+    kv: tuple[_Line, ...]
+    least_bytes: int
+
+
+class Fitter:
+    """`fit_context` for many nodes: what depends on card and engine build alone is computed once.
+
+    Args:
+        card: the model.
+        asked: the request's context; None: as much as fits.
+    """
+
+    def __init__(self, card: ModelCard, asked: int | None) -> None:
+        self.card: Final = card
+        self.most: Final = largest_context(card, asked)
+        self._least: Final = min(smallest_context(card, None), self.most)
+        self._needs: dict[tuple[int, str, bool, int], _Need] = {}
+
+    def fit(self, room_bytes: int, n_parallel: int, backend: str, engine: EngineFacts = UNMEASURED) -> Fit | None:
+        """The largest context that fits, as `fit_context`. Cost: O(1) from the second node of a build on."""
+        is_mlx = backend.startswith("mlx")
+        key = (engine.ubatch, engine.kv_type, is_mlx, n_parallel)
+        need = self._needs.get(key)
+        if need is None:
+            need = self._needs[key] = _need_of(self.card, n_parallel, engine, is_mlx=is_mlx)
+        if room_bytes < need.least_bytes:
+            return None
+        most = self._most_unified(need, room_bytes, n_parallel, backend, engine)
+        if most < round_up(self._least):
+            return None
+        context = min(most, self.most)
+        share = room_bytes // KV_SHARE
+        found = self._streams(context, n_parallel, backend, engine, room_bytes, share)
+        if found is None:
+            single = round_up(context)
+            shared = min(most, n_parallel * single - CELL_STEP, _most_cells(need.kv, share))
+            cells = max(single, round_down(shared))
+            found = cells, estimate(self.card, context, n_parallel, cells, backend, engine)
+        kv_cells, memory = found
+        assert memory.need_bytes <= room_bytes
+        return Fit(
+            context_length=context,
+            n_parallel=n_parallel,
+            kv_cells=kv_cells,
+            memory=memory if is_mlx else _with_parked(memory, room_bytes),
+        )
+
+    def _streams(
+        self, context: int, n_parallel: int, backend: str, engine: EngineFacts, room_bytes: int, share: int
+    ) -> tuple[int, MemoryEstimate] | None:
+        """Cells and memory of one stream a sequence, where that stays within the room and its share."""
+        cells = n_parallel * round_up(context)
+        wide = self.card.kv_bytes_per_token - self.card.window_kv_bytes_per_token
+        if cells * wide * half_bits(engine, is_mlx=backend.startswith("mlx")) // 32 > share:
+            return None
+        memory = estimate(self.card, context, n_parallel, cells, backend, engine)
+        return (cells, memory) if memory.need_bytes <= room_bytes and memory.kv_bytes <= share else None
+
+    def _most_unified(self, need: _Need, room_bytes: int, n_parallel: int, backend: str, engine: EngineFacts) -> int:
+        """The most cells of a unified cache that a room holds, a multiple of 256; 0 where not even 256 fit."""
+        headed = _most_cells(need.headed, room_bytes)
+        worked = _most_cells(need.worked, room_bytes - engine.process_bytes)
+        most = round_down(min(headed, worked))
+        if most:
+            return most
+        # fewer cells than one step has rows: a curve, with a handful of points
+        for cells in range(round_down(engine.ubatch - 1), 0, -CELL_STEP):
+            if estimate(self.card, cells, n_parallel, cells, backend, engine).need_bytes <= room_bytes:
+                return cells
+        return 0
+
+
+def _most_cells(lines: Sequence[_Line], room_bytes: int) -> int:
+    """The most cells on a chain of lines, lowest first, that grow without a gap; 0 where none are within the room."""
+    for line in reversed(lines):
+        most = line.most(room_bytes)
+        if most >= line.low:
+            return min(most, line.high)
+    return 0
+
+
+def _need_of(card: ModelCard, n_parallel: int, engine: EngineFacts, *, is_mlx: bool) -> _Need:
+    """The formulas of `memory.estimate` for a unified cache of at least one step's rows."""
+    rows = round_up(engine.ubatch)
+    lines = [_lines(card, n_parallel, engine, low=rows, high=_NO_END, narrow=(0, 0), is_mlx=is_mlx)]
+    if card.window_kv_bytes_per_token:
+        end = window_cells(card, n_parallel, 1, engine.ubatch)
+        lines = [_lines(card, n_parallel, engine, low=max(rows, end), high=_NO_END, narrow=(0, end), is_mlx=is_mlx)]
+        if end > rows:
+            lines.insert(0, _lines(card, n_parallel, engine, low=rows, high=end, narrow=(1, 0), is_mlx=is_mlx))
+    headed, worked, kv = zip(*lines, strict=True)
+    return _Need(headed, worked, kv, weights_with_headroom(card, is_mlx=is_mlx))
+
+
+def _lines(
+    card: ModelCard,
+    n_parallel: int,
+    engine: EngineFacts,
+    *,
+    low: int,
+    high: int,
+    narrow: tuple[int, int],
+    is_mlx: bool,
+) -> tuple[_Line, _Line, _Line]:
+    """By headroom, by process, KV; ``narrow``: cells of layers with a window, so many times the others and so many."""
+    times, more = narrow
+    bits = half_bits(engine, is_mlx=is_mlx)
+    wide = card.kv_bytes_per_token - card.window_kv_bytes_per_token
+    kv = _Line(
+        low=low,
+        high=high,
+        base=n_parallel * card.recurrent_bytes,
+        slope=0,
+        kv_slope=(wide + times * card.window_kv_bytes_per_token) * bits,
+        kv_base=more * card.window_kv_bytes_per_token * bits,
+    )
+    buffers = engine.ubatch * (row_bytes(card) + 2 * more) + n_parallel * card.vocabulary_size * 4
+    masks = 2 * engine.ubatch * (1 + times)
+    tables = 0 if is_mlx else CELL_BYTES
+    process = 0 if is_mlx else TOKEN_BYTES * card.vocabulary_size + tables * more
+    headed = kv._replace(base=kv.base + weights_with_headroom(card, is_mlx=is_mlx) + buffers, slope=masks)
+    worked = kv._replace(base=kv.base + card.weights_bytes + process + buffers, slope=masks + tables * (1 + times))
+    return headed, worked, kv
+
+
+def _with_parked(memory: MemoryEstimate, room_bytes: int) -> MemoryEstimate:
+    """Room for parked states beside the rest: it takes no token of context from anyone."""
+    park = min(memory.kv_bytes // PARK_SHARE, PARK_MAX, room_bytes - memory.need_bytes)
+    return msgspec.structs.replace(memory, park_bytes=park, need_bytes=memory.need_bytes + park)
