@@ -1,4 +1,4 @@
-"""How fast a runner has been lately, from the requests that came to their own end: running means, in its status. Pure."""
+"""How fast a runner has been lately: running means over the requests that came to their own end. Pure."""
 
 from __future__ import annotations
 
