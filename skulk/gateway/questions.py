@@ -21,17 +21,19 @@ import msgspec
 
 from skulk.bus.port import Bus
 from skulk.bus.replica import Replica
-from skulk.bus.subjects import RUNNER_CANCEL, Endpoint
+from skulk.bus.subjects import RUNNER_CANCEL, RUNNER_DETOKENIZE, Endpoint
 from skulk.clock import Clock
 from skulk.cluster.view import ClusterView, instances_of, phase_of, ready_instances, runner_of
 from skulk.errors import ServiceError, SkulkError, UnavailableError
 from skulk.gateway.waiting import death_of, not_placed, why_not_ready
 from skulk.wire.beats import RunnerStatus
+from skulk.wire.embedding import Detokenize, Detokenized
 from skulk.wire.generation import Cancel
 
 log = logging.getLogger("skulk.gateway")
 
 CANCEL_WAIT_S: Final = 2.0
+QUICK_S: Final = 30.0
 MAX_WAITING: Final = 256
 
 Q = TypeVar("Q")
@@ -96,6 +98,16 @@ class Asker:
                     raise
                 log.info("runner %s refused: %s", fresh[0].runner_id, error)
                 refusal = error
+
+    async def text_of(self, model_id: str, tokens: tuple[int, ...]) -> str:
+        """What a model's tokens stand for.
+
+        Raises:
+            SkulkError: as `ask`; ``invalid_request``: a token that the model doesn't have.
+        """
+        question = Question(endpoint=RUNNER_DETOKENIZE, message=Detokenize(tokens=tokens), model_id=model_id)
+        told: Detokenized = await self.ask(question, QUICK_S)
+        return told.text
 
     async def close(self) -> None:
         """Waits until the runners were told what was cancelled."""
