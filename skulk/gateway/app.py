@@ -25,10 +25,9 @@ from skulk.errors import UnavailableError
 from skulk.gateway.cards import Cards
 from skulk.gateway.dispatch import Dispatcher
 from skulk.gateway.doors import DOORS, Doors, doors_middleware, read_keys
-from skulk.gateway.embeddings import ASKER
 from skulk.gateway.errors import error_middleware, name_request
 from skulk.gateway.instances import placeable
-from skulk.gateway.keys import BUS, CARDS, CLOCK, DISPATCHER, MASTERS, METRICS, REPLICA, SPEC
+from skulk.gateway.keys import ASKER, BUS, CARDS, CLOCK, DISPATCHER, MASTERS, METRICS, REPLICA, SPEC
 from skulk.gateway.loading import Loads
 from skulk.gateway.masters import Masters
 from skulk.gateway.metrics import Metrics

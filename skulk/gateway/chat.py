@@ -10,10 +10,11 @@ from skulk.errors import RequestError
 from skulk.gateway.bodies import read_object
 from skulk.gateway.cards import KnownModel
 from skulk.gateway.generations import generate
-from skulk.gateway.keys import CARDS, SPEC
+from skulk.gateway.keys import ASKER, CARDS, SPEC
 from skulk.gateway.openai.answers import ChatAnswer, TextAnswer
 from skulk.gateway.openai.requests import Asked, model_of, read_chat, read_completion
 from skulk.gateway.stores import STORES
+from skulk.wire.generation import TextPrompt, TokenPrompt
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
@@ -34,7 +35,15 @@ async def completions(request: web.Request) -> web.StreamResponse:
     """``POST /v1/completions``."""
     body = await read_object(request)
     known = await known_model(request, model_of(body))
-    return await generate(request, read_completion(body, known.card), TextAnswer)
+    asked = read_completion(body, known.card)
+    match asked.echo:
+        case None:
+            echo = ""
+        case TextPrompt():
+            echo = asked.echo.text
+        case TokenPrompt():
+            echo = await request.app[ASKER].text_of(known.card.model_id, asked.echo.tokens)
+    return await generate(request, asked, lambda head: TextAnswer(head, echo))
 
 
 async def known_model(request: web.Request, model_id: str) -> KnownModel:

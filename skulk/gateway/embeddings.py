@@ -5,17 +5,17 @@ from __future__ import annotations
 import array
 import base64
 import sys
-from typing import Any, Final
+from typing import Any
 
 from aiohttp import web
 
-from skulk.bus.subjects import RUNNER_DETOKENIZE, RUNNER_EMBED, RUNNER_TOKENIZE
+from skulk.bus.subjects import RUNNER_EMBED, RUNNER_TOKENIZE
 from skulk.cluster.view import ready_instances
 from skulk.errors import RequestError
 from skulk.gateway.bodies import read_as, read_object
 from skulk.gateway.chat import known_model
 from skulk.gateway.generations import timeout_of
-from skulk.gateway.keys import REPLICA, SPEC
+from skulk.gateway.keys import ASKER, REPLICA, SPEC
 from skulk.gateway.openai.embeddings import (
     DETOKENIZE_FIELDS,
     EMBEDDING_FIELDS,
@@ -29,14 +29,11 @@ from skulk.gateway.openai.embeddings import (
 )
 from skulk.gateway.openai.fields import sort_fields
 from skulk.gateway.openai.requests import model_of
-from skulk.gateway.questions import Asker, Question
+from skulk.gateway.questions import QUICK_S, Question
 from skulk.gateway.replies import json_response
 from skulk.ids import new_id
-from skulk.wire.embedding import Detokenize, Embed, Embedded, EmbedInput, RankPair, Tokenize, Tokenized
+from skulk.wire.embedding import Embed, Embedded, EmbedInput, RankPair, Tokenize, Tokenized
 from skulk.wire.model import ModelCard
-
-ASKER: Final = web.AppKey("asker", Asker)
-QUICK_S: Final = 30.0
 
 
 async def embeddings(request: web.Request) -> web.Response:
@@ -93,13 +90,8 @@ async def detokenize(request: web.Request) -> web.Response:
     """``POST /detokenize``: the text of tokens."""
     body = await read_object(request)
     asked = read_as(sort_fields(body, DETOKENIZE_FIELDS).honoured, DetokenizeRequest)
-    message = Detokenize(tokens=tuple(asked.tokens))
-    told = await _ask(
-        request,
-        Question(endpoint=RUNNER_DETOKENIZE, message=message, model_id=await _any_model(request, asked.model)),
-        QUICK_S,
-    )
-    return json_response({"content": told.text})
+    model_id = await _any_model(request, asked.model)
+    return json_response({"content": await request.app[ASKER].text_of(model_id, tuple(asked.tokens))})
 
 
 async def _embed(request: web.Request, card: ModelCard, inputs: tuple[EmbedInput, ...]) -> Embedded:

@@ -13,6 +13,7 @@ from skulk.gateway.cards import Cards
 from skulk.gateway.dispatch import Dispatcher
 from skulk.gateway.masters import Masters
 from skulk.gateway.metrics import Metrics
+from skulk.gateway.questions import Asker
 from skulk.wire.gateway import GatewaySpec
 
 SPEC: Final = web.AppKey("spec", GatewaySpec)
@@ -25,3 +26,4 @@ MASTERS: Final = web.AppKey("masters", Masters)
 METRICS: Final = web.AppKey("metrics", Metrics)
 
 REQUEST_ID: Final = web.RequestKey("request_id", str)
+ASKER: Final = web.AppKey("asker", Asker)

@@ -21,7 +21,7 @@ import msgspec
 
 from skulk.bus.port import Bus
 from skulk.bus.replica import Replica
-from skulk.bus.subjects import RUNNER_CANCEL, Endpoint
+from skulk.bus.subjects import RUNNER_CANCEL, RUNNER_DETOKENIZE, Endpoint
 from skulk.clock import Clock
 from skulk.cluster.view import ClusterView, instances_of, phase_of, ready_instances, runner_of
 from skulk.errors import ServiceError, SkulkError, UnavailableError
@@ -30,12 +30,14 @@ from skulk.gateway.waiting import death_of, not_placed, why_not_ready
 from skulk.ids import new_id
 from skulk.placement.prefixes import NO_PREFIX
 from skulk.wire.beats import RunnerStatus
+from skulk.wire.embedding import Detokenize, Detokenized
 from skulk.wire.generation import Cancel
 from skulk.wire.state import Instance
 
 log = logging.getLogger("skulk.gateway")
 
 CANCEL_WAIT_S: Final = 2.0
+QUICK_S: Final = 30.0
 MAX_WAITING: Final = 256
 
 Q = TypeVar("Q")
@@ -107,6 +109,16 @@ class Asker:
         if len(ready) < 2:
             return ready
         return self._router.ordered(view, ready, NO_PREFIX, question.request_id or new_id(), {})
+
+    async def text_of(self, model_id: str, tokens: tuple[int, ...]) -> str:
+        """What a model's tokens stand for.
+
+        Raises:
+            SkulkError: as `ask`; ``invalid_request``: a token that the model doesn't have.
+        """
+        question = Question(endpoint=RUNNER_DETOKENIZE, message=Detokenize(tokens=tokens), model_id=model_id)
+        told: Detokenized = await self.ask(question, QUICK_S)
+        return told.text
 
     async def close(self) -> None:
         """Waits until the runners were told what was cancelled."""

@@ -162,6 +162,33 @@ async def test_text_completions(gateway: Gateway) -> None:
     assert events[-1] == "[DONE]"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "echo"), [("Once", "Once"), ([5, 6], "<5><6>"), ([[5, 6]], "<5><6>")], ids=["text", "tokens", "nested"]
+)
+async def test_an_echo_begins_each_choice_with_the_prompt(gateway: Gateway, prompt: Any, echo: str) -> None:
+    await gateway.serve_model()
+    body = {"model": MODEL, "prompt": prompt, "echo": True, "n": 2}
+    whole = (await gateway.call("POST", "/v1/completions", body)).json
+    assert [choice["text"] for choice in whole["choices"]] == [f"{echo}Hello world"] * 2
+    events = events_of((await gateway.call("POST", "/v1/completions", {**body, "stream": True})).body)
+    choices = [event["choices"][0] for event in events if isinstance(event, dict)]
+    for index in range(2):
+        assert [one["text"] for one in choices if one["index"] == index] == [echo, "Hello", " world"]
+
+
+async def test_an_echo_of_a_choice_that_never_spoke(gateway: Gateway) -> None:
+    runner = await gateway.serve_model()
+
+    async def say_nothing(_runner: FakeRunner, writer: StreamWriter) -> None:
+        writer.end(END)
+
+    runner.script = say_nothing
+    body = {"model": MODEL, "prompt": "Once", "echo": True, "stream": True}
+    events = events_of((await gateway.call("POST", "/v1/completions", body)).body)
+    choices = [event["choices"][0] for event in events if isinstance(event, dict)]
+    assert [(one["text"], one["finish_reason"]) for one in choices] == [("Once", None), ("", "stop")]
+
+
 async def test_the_bench_call_tells_its_statistics(gateway: Gateway) -> None:
     await gateway.serve_model()
     body = (await gateway.call("POST", "/bench/chat/completions", chat_body(stream=False))).json

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from tests.support.embedders import SENTENCES, minilm, write_ranker
@@ -42,6 +43,7 @@ async def test_vectors_scores_tokens_and_infill_over_http(node: WholeNode) -> No
     await scores(node)
     await tokens(node)
     await infill(node)
+    await official_client(node, vectors)
 
 
 async def embeddings(node: WholeNode) -> list[list[float]]:
@@ -130,3 +132,30 @@ async def infill(node: WholeNode) -> None:
     assert answer["usage"]["prompt_tokens"] > plain["usage"]["prompt_tokens"] + 3
     status, answer = await node.call("POST", "/v1/completions", {**body, "prompt": [1, 2, 3]})
     assert (status, answer["error"]["param"]) == (400, "suffix")
+
+
+async def official_client(node: WholeNode, vectors: list[list[float]]) -> None:
+    """OpenAI's own client asks the same node: vectors (as base64, its default), text, streams, choices, errors."""
+    user: Any = {"role": "user", "content": "Say something."}
+    greedy: dict[str, Any] = {"model": CODE, "messages": [user], "temperature": 0, "max_tokens": 8}
+    too_long: dict[str, Any] = {**greedy, "max_tokens": 10_000_000}
+    async with openai.AsyncOpenAI(base_url=f"{node.url}/v1", api_key="none", max_retries=0) as client:
+        found = await client.embeddings.create(model=EMBEDDER, input=list(SENTENCES))
+        assert found.data[0].embedding == pytest.approx(vectors[0], abs=1e-3)
+        whole = await client.chat.completions.create(**greedy, n=2)
+        first, second = (choice.message.content for choice in whole.choices)
+        assert first and first == second
+        assert whole.usage is not None and whole.usage.completion_tokens == 16
+        streamed = await client.chat.completions.create(**greedy, stream=True)
+        assert "".join([chunk.choices[0].delta.content or "" async for chunk in streamed]) == first
+        asked = await client.completions.with_raw_response.create(
+            model=CODE, prompt=[5, 6, 7], echo=True, max_tokens=2, seed=3, user="me"
+        )
+        _, told = await node.call("POST", "/detokenize", {"model": CODE, "tokens": [5, 6, 7]})
+        assert asked.headers["X-Skulk-Inert"] == "user"
+        assert asked.parse().choices[0].text.startswith(told["content"])
+        with pytest.raises(openai.BadRequestError) as long:
+            await client.chat.completions.create(**too_long)
+        assert long.value.code == "context_length_exceeded"
+        with pytest.raises(openai.NotFoundError):
+            await client.models.retrieve("no/such-model")

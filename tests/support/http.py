@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import struct
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -27,6 +28,8 @@ from skulk.bus.subjects import (
     NODE_BEAT,
     NODE_SNAPSHOT,
     RUNNER_CANCEL,
+    RUNNER_DETOKENIZE,
+    RUNNER_EMBED,
     RUNNER_GENERATE,
     RUNNER_RESEND,
     RUNNER_STATUS,
@@ -52,6 +55,7 @@ from skulk.wire.commands import (
     Snapshot,
     SnapshotRequest,
 )
+from skulk.wire.embedding import Detokenize, Detokenized, Embed, Embedded
 from skulk.wire.events import Event, EventRecord, InstanceAssigned, InstanceCreated, InstanceDeleted, TermBegan
 from skulk.wire.gateway import GatewaySpec
 from skulk.wire.generation import Accepted, Cancel, Cancelled, Generate, StreamEnd, Timings, Usage
@@ -117,7 +121,13 @@ class FakeRunner:
         self._own(self.outbox.run())
         self._service = await self.bus.serve(
             "runner",
-            {RUNNER_GENERATE: self._generate, RUNNER_CANCEL: self._cancel, RUNNER_RESEND: self._resend},
+            {
+                RUNNER_GENERATE: self._generate,
+                RUNNER_CANCEL: self._cancel,
+                RUNNER_RESEND: self._resend,
+                RUNNER_EMBED: self._embed,
+                RUNNER_DETOKENIZE: self._detokenize,
+            },
             runner=self.runner_id,
         )
 
@@ -160,6 +170,14 @@ class FakeRunner:
 
     async def _resend(self, call: Call[Any]) -> Any:
         return self.outbox.resend(call.message)
+
+    async def _embed(self, call: Call[Embed]) -> Embedded:
+        """Each input's number and a quarter."""
+        vectors = tuple(struct.pack("<2f", index, 0.25) for index in range(len(call.message.inputs)))
+        return Embedded(vectors=vectors, prompt_tokens=3)
+
+    async def _detokenize(self, call: Call[Detokenize]) -> Detokenized:
+        return Detokenized(text="".join(f"<{token}>" for token in call.message.tokens))
 
 
 class FakeCluster:

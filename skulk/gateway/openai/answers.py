@@ -283,10 +283,11 @@ class ChatAnswer:
 
 
 class TextAnswer:
-    """``/v1/completions``."""
+    """``/v1/completions``. ``echo``: what each choice begins with."""
 
-    def __init__(self, head: Head) -> None:
+    def __init__(self, head: Head, echo: str = "") -> None:
         self._head = head
+        self._echo = echo
         self._id = f"cmpl-{head.request_id}"
         self._usage: UnsetType | None = None if head.include_usage else UNSET
         self._choices = _Choices(head.n)
@@ -295,10 +296,12 @@ class TextAnswer:
         finish = self._choices.finish_of(chunk)
         if not chunk.text and finish is None:
             return b""
-        return self._event(chunk.choice, chunk.text, finish)
+        return self._begun(chunk.choice) + self._event(chunk.choice, chunk.text, finish)
 
     def tail(self, end: StreamEnd) -> bytes:
-        closed = b"".join(self._event(choice, "", reason_of(end.reason)) for choice in self._choices.left())
+        closed = b"".join(
+            self._begun(choice) + self._event(choice, "", reason_of(end.reason)) for choice in self._choices.left()
+        )
         if not self._head.include_usage:
             return closed
         usage = None if end.usage is None else UsageOut.of(end.usage)
@@ -308,13 +311,17 @@ class TextAnswer:
         choices = tuple(
             TextChoice(
                 index=index,
-                text="".join(part.text),
+                text=self._echo + "".join(part.text),
                 finish_reason=part.finish_reason or reason_of(end.reason),
             )
             for index, part in enumerate(parts)
         )
         usage = None if end.usage is None else UsageOut.of(end.usage)
         return encode(self._completion(choices, usage, stats))
+
+    def _begun(self, choice: int) -> bytes:
+        """The echo as an event of its own before a choice's first one."""
+        return self._event(choice, self._echo, None) if self._choices.begins(choice) and self._echo else b""
 
     def _event(self, index: int, text: str, finish: ClientReason | None) -> bytes:
         return sse(self._completion((TextChoice(index=index, text=text, finish_reason=finish),), self._usage))

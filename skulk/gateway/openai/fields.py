@@ -88,9 +88,8 @@ CHAT_FIELDS: Final[dict[str, Field]] = {
 
 COMPLETION_FIELDS: Final[dict[str, Field]] = {
     **_SHARED,
-    **honoured("prompt", "suffix"),
+    **honoured("prompt", "suffix", "echo"),
     **refused("best_of", "picking the best of several answers", 1),
-    **refused("echo", "echo", False),
     **refused("logprobs", "log probabilities", False),
 }
 

@@ -89,10 +89,16 @@ class ChatRequest(CommonRequest, frozen=True, kw_only=True):
 
 
 class CompletionRequest(CommonRequest, frozen=True, kw_only=True):
-    """``POST /v1/completions``. ``suffix``: what comes after the gap that the answer fills."""
+    """``POST /v1/completions``.
+
+    Attributes:
+        suffix: what comes after the gap that the answer fills.
+        echo: each choice begins with the text of the prompt.
+    """
 
     prompt: str | list[Any]
     suffix: str | None = None
+    echo: bool = False
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,12 +107,14 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         inert: names of the fields that were sent and do nothing.
         include_usage: the stream shall end with the usage.
+        echo: each choice shall begin with this prompt; None: it shall not.
     """
 
     generation: Generation
     stream: bool
     include_usage: bool
     inert: tuple[str, ...]
+    echo: TextPrompt | TokenPrompt | None = None
 
 
 def read_chat(body: dict[str, Any], card: ModelCard) -> Asked:
@@ -140,10 +148,10 @@ def read_completion(body: dict[str, Any], card: ModelCard) -> Asked:
     request = read_as(fields.honoured, CompletionRequest)
     # OpenAI's own default of this call, and only of this one
     max_tokens = 16 if request.max_tokens is None else request.max_tokens
-    prompt = _text_prompt(request.prompt)
-    if request.suffix:
-        prompt = _infill(prompt, request.suffix)
-    return _asked(request, card, prompt, max_tokens, fields.inert)
+    written = _text_prompt(request.prompt)
+    prompt = _infill(written, request.suffix) if request.suffix else written
+    asked = _asked(request, card, prompt, max_tokens, fields.inert)
+    return msgspec.structs.replace(asked, echo=written) if request.echo else asked
 
 
 def model_of(body: dict[str, Any]) -> str:
@@ -235,7 +243,7 @@ def _max_tokens(request: ChatRequest) -> int | None:
     return old if new is None else new
 
 
-def _text_prompt(prompt: str | list[Any]) -> Prompt:
+def _text_prompt(prompt: str | list[Any]) -> TextPrompt | TokenPrompt:
     match prompt:
         case str():
             return TextPrompt(text=prompt)
@@ -257,7 +265,7 @@ def _text_prompt(prompt: str | list[Any]) -> Prompt:
             raise RequestError("invalid_request", "prompt must be a text or an array of token ids", param="prompt")
 
 
-def _infill(prompt: Prompt, suffix: str) -> InfillPrompt:
+def _infill(prompt: TextPrompt | TokenPrompt, suffix: str) -> InfillPrompt:
     if not isinstance(prompt, TextPrompt):
         raise RequestError("invalid_request", "suffix needs a prompt of text, not of token ids", param="suffix")
     return InfillPrompt(prefix=prompt.text, suffix=suffix)
