@@ -64,6 +64,7 @@ ERRORS: Final[dict[str, ErrorCode]] = {
     "request_crashed_runner": _request(40008, 400),
     "model_in_use": _request(40009, 400),
     "download_cancelled": _request(40010, 400),
+    "sharding_unsupported": _request(40011, 400),
     "request_cancelled": _request(40020, 400),
     "unauthorized": _request(40101, 401),
     "model_gated": _request(40303, 403),

@@ -26,7 +26,16 @@ from bench_figures import percentile, table
 from skulk.cluster.view import ClusterView, NodeView
 from skulk.placement.decision import assign, place
 from skulk.units import GIB
-from skulk.wire.beats import Accelerator, DiskFacts, EngineFacts, MemoryFacts, NodeBeat, RunnerStatus, SystemFacts
+from skulk.wire.beats import (
+    Accelerator,
+    DiskFacts,
+    EngineFacts,
+    MeasuredSpeed,
+    MemoryFacts,
+    NodeBeat,
+    RunnerStatus,
+    SystemFacts,
+)
 from skulk.wire.model import HeldModel, ModelCard, ModelFile
 from skulk.wire.placement import PlacementRequest
 from skulk.wire.state import ClusterState, Instance
@@ -40,19 +49,23 @@ SEED: Final = 20
 
 
 class Kind(NamedTuple):
-    """A kind of machine: its tags, and the most that models may take there, GiB."""
+    """A kind of machine: its tags, and the most that models may take there, GiB.
+
+    ``ram_gib``: of main memory, where a discrete GPU has a pool of its own.
+    """
 
     name: str
     tags: tuple[str, ...]
     usable_gib: float
     vram_gib: float = 0.0
+    ram_gib: float = 0.0
 
 
 KINDS: Final = (
     Kind("strix", ("llama_cpp", "llama_cpp-vulkan", "llama_cpp-cpu"), 96, 96),
     Kind("mac", ("mlx", "mlx-metal", "llama_cpp", "llama_cpp-metal"), 24),
     Kind("studio", ("mlx", "mlx-metal", "llama_cpp", "llama_cpp-metal"), 160),
-    Kind("geforce", ("llama_cpp", "llama_cpp-cuda", "llama_cpp-cpu"), 22, 24),
+    Kind("geforce", ("llama_cpp", "llama_cpp-cuda", "llama_cpp-cpu"), 22, 24, 16),
     Kind("plain", ("llama_cpp", "llama_cpp-cpu"), 12),
 )
 GGUF: Final = ("llama_cpp-metal", "llama_cpp-cuda", "llama_cpp-vulkan", "llama_cpp-cpu")
@@ -120,7 +133,16 @@ def node(number: int, cards: tuple[ModelCard, ...], dice: random.Random) -> Node
             physical_cores=8,
             accelerators=(gpu,) if kind.vram_gib else (),
         ),
-        memory=MemoryFacts(total_bytes=int(kind.usable_gib * GIB), available_bytes=usable, usable_bytes=usable),
+        memory=MemoryFacts(
+            total_bytes=int(kind.usable_gib * GIB),
+            available_bytes=usable,
+            usable_bytes=usable,
+            cpu_usable_bytes=int(kind.ram_gib * GIB) or None,
+        ),
+        speeds=tuple(
+            MeasuredSpeed(backend=kind.tags[-1], weights_bytes=size * GIB, decode_tps=dice.uniform(5, 80) / size)
+            for size in (1, 4, 16)
+        ),
         disk=DiskFacts(total_bytes=2000 * GIB, available_bytes=int(dice.uniform(20, 1000) * GIB)),
         load=dice.uniform(0, 8),
         models=tuple(HeldModel(model_id=card.model_id, size_bytes=card.size_bytes) for card in dice.sample(cards, 20)),
@@ -154,7 +176,14 @@ def with_instances(view: ClusterView, cards: tuple[ModelCard, ...], count: int, 
             memory_bytes=assigned.memory.need_bytes,
             reserved_bytes=assigned.memory.need_bytes,
         )
-    return ClusterView(state=ClusterState(cluster="home", instances=instances), nodes=view.nodes, runners=runners)
+    told: dict[str, list[RunnerStatus]] = {}
+    for status in runners.values():
+        told.setdefault(status.node_id, []).append(status)
+    nodes = {
+        name: NodeView(beat=msgspec.structs.replace(one.beat, runners=tuple(told.get(name, ()))), heard_at=NOW)
+        for name, one in view.nodes.items()
+    }
+    return ClusterView(state=ClusterState(cluster="home", instances=instances), nodes=nodes, runners=runners)
 
 
 def measure(nodes: int, decisions: int) -> Row:

@@ -46,9 +46,13 @@ class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def with_state(view: ClusterView, state: ClusterState) -> ClusterView:
-    """The view over another state; statuses of runners that nobody wants any more are dropped."""
+    """The view over another state; statuses of runners that nobody wants any more and no node has are dropped.
+
+    One that has spoken since its node's beat is there: until it says that it has stopped, its memory isn't free.
+    """
     wanted = {instance.assignment.runner_id for instance in state.instances.values() if instance.assignment is not None}
     held = {status.runner_id for node in view.nodes.values() for status in node.beat.runners}
+    held.update(name for node in view.nodes.values() for name in node.told)
     runners = {name: status for name, status in view.runners.items() if name in wanted or name in held}
     return msgspec.structs.replace(view, state=state, runners=runners)
 

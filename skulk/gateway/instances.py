@@ -13,8 +13,10 @@ from skulk.gateway.bodies import needed, read_as, read_object, whole_number
 from skulk.gateway.cards import KnownModel
 from skulk.gateway.compat.cards import card_json
 from skulk.gateway.compat.instances import instance_json, instance_of_json
-from skulk.gateway.compat.previews import chosen_report, previews_json, proposed_json
-from skulk.gateway.keys import MASTERS, REPLICA
+from skulk.gateway.compat.previews import chosen_report, decision_json, previews_json, proposed_json
+from skulk.gateway.generations import timeout_of
+from skulk.gateway.keys import CLOCK, MASTERS, REPLICA
+from skulk.gateway.readiness import READY_WAIT_S, wait_ready, waits_for_ready
 from skulk.gateway.replies import json_response
 from skulk.gateway.stores import STORES
 from skulk.ids import is_token, new_id
@@ -26,6 +28,7 @@ from skulk.wire.state import Instance
 PREVIEW_WAIT_S: Final = 10.0
 MAX_NODES: Final = 1_000
 MAX_ID: Final = 128
+MAX_REPLICAS: Final = 64
 
 _Node = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
 _Nodes = Annotated[list[_Node], msgspec.Meta(max_length=MAX_NODES)]
@@ -33,7 +36,7 @@ _Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 
 
 class PlaceRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``POST /place_instance``. The last three are ours."""
+    """``POST /place_instance``; from ``node_ids`` on the fields are ours."""
 
     model_id: Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
     sharding: Sharding = "Pipeline"
@@ -43,6 +46,8 @@ class PlaceRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     node_ids: _Nodes = []
     context_length: _Count | None = None
     n_parallel: Annotated[int, msgspec.Meta(ge=1, le=1024)] | None = None
+    replicas: Annotated[int, msgspec.Meta(ge=1, le=MAX_REPLICAS)] = 1
+    force: bool = False
 
 
 class CreateRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,20 +57,24 @@ class CreateRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def place_instance(request: web.Request) -> web.Response:
-    """``POST /place_instance``: always one more instance."""
+    """``POST /place_instance``: always one more instance, or ``replicas`` more; ``?wait=ready``: and they serve."""
     sent = read_as(await read_object(request), PlaceRequest)
+    waits = waits_for_ready(request)
     known = await request.app[STORES].known(sent.model_id, param="model_id")
+    card = placeable(known)
     wanted = PlacementRequest(
-        card=placeable(known),
+        card=card,
         sharding=sent.sharding,
         instance_meta=sent.instance_meta,
-        min_nodes=_one_node(sent.min_nodes),
+        min_nodes=_one_node(sent.min_nodes, card),
         excluded_nodes=tuple(sent.excluded_nodes),
         node_ids=tuple(sent.node_ids),
         context_length=sent.context_length,
         n_parallel=sent.n_parallel,
+        force=sent.force,
     )
-    return await _place(request, PlaceModel(command_id=new_id(), request=wanted))
+    command = PlaceModel(command_id=new_id(), request=wanted, replicas=sent.replicas)
+    return await _place(request, command, waits=waits)
 
 
 async def create_instance(request: web.Request) -> web.Response:
@@ -85,20 +94,29 @@ async def create_instance(request: web.Request) -> web.Response:
         )
     known = await request.app[STORES].known(model_id, param="instance.shardAssignments.modelId")
     wanted = PlacementRequest(card=placeable(known), node_ids=(node_id,))
-    return await _place(request, PlaceModel(command_id=new_id(), request=wanted, instance_id=instance_id))
+    command = PlaceModel(command_id=new_id(), request=wanted, instance_id=instance_id)
+    return await _place(request, command, waits=waits_for_ready(request))
 
 
-async def _place(request: web.Request, command: PlaceModel) -> web.Response:
+async def _place(request: web.Request, command: PlaceModel, *, waits: bool) -> web.Response:
     masters = request.app[MASTERS]
     reply = await masters.ask(MASTER_PLACE, command)
     _check_placed(reply)
     await masters.seen(reply.position, f"the instance {reply.instance_id} is placed")
+    # an older master names only the one
+    instance_ids = reply.instance_ids or (reply.instance_id,)
+    if waits:
+        timeout_s = timeout_of(request, READY_WAIT_S)
+        await wait_ready(request.app[REPLICA], request.app[CLOCK], instance_ids, timeout_s)
     return json_response(
         {
             "message": "Command received.",
             "command_id": reply.command_id,
             "instance_id": reply.instance_id,
+            "instance_ids": list(instance_ids),
             "model_card": card_json(command.request.card),
+            "decision": decision_json(reply.decision),
+            "warnings": list(reply.warnings),
         }
     )
 
@@ -150,13 +168,15 @@ async def placement(request: web.Request) -> web.Response:
 async def _preview(request: web.Request) -> tuple[PlacementRequest, PlacementDecision]:
     query = request.query
     known = await request.app[STORES].known(needed(request, "model_id"), param="model_id")
+    card = placeable(known)
     wanted = PlacementRequest(
-        card=placeable(known),
-        min_nodes=_one_node(whole_number(request, "min_nodes", 1, low=1, high=MAX_NODES)),
+        card=card,
+        min_nodes=_one_node(whole_number(request, "min_nodes", 1, low=1, high=MAX_NODES), card),
         excluded_nodes=tuple(query.getall("excluded_node_ids", []))[:MAX_NODES],
         node_ids=tuple(query.getall("node_ids", []))[:MAX_NODES],
         context_length=_count(request, "context_length"),
         n_parallel=_count(request, "n_parallel"),
+        force=request.query.get("force", "").lower() in ("1", "true"),
     )
     question = PreviewPlacement(request=wanted)
     return wanted, await request.app[MASTERS].ask(MASTER_PREVIEW, question, timeout_s=PREVIEW_WAIT_S)
@@ -184,7 +204,14 @@ def placeable(known: KnownModel) -> ModelCard:
     return known.card
 
 
-def _one_node(min_nodes: int) -> int:
+def _one_node(min_nodes: int, card: ModelCard) -> int:
+    if min_nodes > 1 and card.format == "gguf":
+        raise RequestError(
+            "sharding_unsupported",
+            f"min_nodes {min_nodes}: llama.cpp serves {card.model_id} on one node; send min_nodes 1 (and replicas for "
+            "more instances)",
+            param="min_nodes",
+        )
     if min_nodes > 1:
         raise RequestError(
             "unsupported_field",

@@ -17,6 +17,8 @@ import msgspec
 
 from skulk.cluster.view import ClusterView, phase_of, runner_of
 from skulk.placement.decision import place
+from skulk.placement.rooms import is_on_cpu
+from skulk.wire.beats import MemoryFacts, RunnerStatus
 from skulk.wire.placement import PlacementRequest
 from skulk.wire.state import Instance
 
@@ -78,6 +80,19 @@ def room_for(
     return tuple(leaving)
 
 
+def _freed(memory: MemoryFacts, left: tuple[RunnerStatus, ...]) -> MemoryFacts:
+    """Memory as it will be: of the pool that each one has held."""
+    own = memory.cpu_usable_bytes
+    freed = sum(status.memory_bytes for status in left)
+    on_cpu = 0 if own is None else sum(status.memory_bytes for status in left if is_on_cpu(status.backend))
+    return msgspec.structs.replace(
+        memory,
+        usable_bytes=min(max(memory.total_bytes, memory.usable_bytes), memory.usable_bytes + freed - on_cpu),
+        cpu_usable_bytes=None if own is None else min(memory.total_bytes, own + on_cpu),
+        available_bytes=min(memory.total_bytes, memory.available_bytes + freed),
+    )
+
+
 def _fits(view: ClusterView, request: PlacementRequest, now: float, default_parallel: int) -> bool:
     return place(view, request, now, default_parallel=default_parallel).outcome == "placed"
 
@@ -91,12 +106,7 @@ def _without(view: ClusterView, leaving: list[Idle]) -> ClusterView:
         left = tuple(status for status in node.beat.runners if status.runner_id in runners)
         if not left:
             continue
-        freed = sum(status.memory_bytes for status in left)
-        memory = node.beat.memory
-        usable = min(memory.total_bytes, memory.usable_bytes + freed)
-        memory = msgspec.structs.replace(
-            memory, usable_bytes=usable, available_bytes=min(memory.total_bytes, memory.available_bytes + freed)
-        )
+        memory = _freed(node.beat.memory, left)
         kept = tuple(status for status in node.beat.runners if status.runner_id not in runners)
         beat = msgspec.structs.replace(node.beat, runners=kept, memory=memory)
         nodes[name] = msgspec.structs.replace(node, beat=beat)

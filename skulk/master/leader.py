@@ -13,16 +13,18 @@ from skulk.bus.port import Bus
 from skulk.bus.replica import Replica
 from skulk.clock import Clock
 from skulk.cluster.view import ClusterView, followers_of, liveness_of, with_state
-from skulk.errors import RequestError, ServiceError, UnavailableError
-from skulk.ids import commanded_instance_id, ensured_instance_id, is_token
+from skulk.errors import RequestError, ServiceError, SkulkError, UnavailableError
+from skulk.ids import commanded_instance_id, ensured_instance_id, is_token, new_id
 from skulk.master.drains import drained_node
 from skulk.master.ledger import Ledger
+from skulk.master.replicas import instances_of_parts, joined, parts_of, which_failed
 from skulk.master.retiring import Retiring
 from skulk.master.upkeep import (
     Rules,
     Upkeep,
+    assigned_by,
+    decision_on,
     next_event,
-    placement_of,
     refused_by,
     with_barred,
     with_missing,
@@ -126,13 +128,35 @@ class Leader:
         return place(self.view, request, self._clock.now(), default_parallel=self._rules.default_parallel)
 
     async def place(self, command: PlaceModel) -> PlacementReply:
-        """Places one more instance and waits until a node has accepted it.
+        """Places one more instance, or several, and waits until a node has accepted each; all of them, or none.
 
         Raises:
             RequestError: ``unplaceable``, with every node's reason; ``invalid_request``: a taken id, or none at all.
             UnavailableError: ``facts_pending``: no node has spoken within 15 s.
             ServiceError: ``deadline_exceeded``: the chosen node doesn't answer.
         """
+        parts = parts_of(command)
+        replies: list[PlacementReply] = []
+        for part in parts:
+            try:
+                replies.append(await self._place_one(part))
+            except SkulkError as error:
+                if len(parts) == 1:
+                    raise
+                await self._take_back(parts)
+                raise which_failed(error, len(replies) + 1, len(parts)) from error
+        return joined(command, replies)
+
+    async def _take_back(self, parts: tuple[PlaceModel, ...]) -> None:
+        """Deletes what some of several replicas have left, and waits until their memory is free again."""
+        for name in instances_of_parts(parts):
+            if name in self.state.instances:
+                try:
+                    await self.delete(DeleteInstance(command_id=new_id(), instance_id=name))
+                except SkulkError as error:
+                    log.warning("the replica %s can't be taken back in order: %s", name, error)
+
+    async def _place_one(self, command: PlaceModel) -> PlacementReply:
         if (begun := self._begun(command)) is not None:
             return await self._find_node(command, begun)
         request = command.request
@@ -252,15 +276,21 @@ class Leader:
         self, command: PlaceModel, instance_id: str, decision: PlacementDecision | None = None
     ) -> PlacementReply:
         """Tries node after node until one accepts an instance that stands in the state."""
-        refusal = "" if decision is None else decision.reason
+        refusal, is_refused = "" if decision is None else decision.reason, False
         self._placing.add(instance_id)
         try:
-            while (assignment := self._assign(instance_id)) is not None:
+            while True:
+                assignment, made = self._assign(instance_id)
+                if assignment is None:
+                    # what fitted a moment ago may have been given to another command meanwhile
+                    refusal = made.reason if made is not None and not is_refused else refusal
+                    break
+                decision = made or decision
                 answer = await self._answer_of(assignment)
                 refused = self._refusal_in(assignment, answer)
                 if refused is None:
                     break
-                refusal = self._refused(instance_id, assignment, refused)
+                refusal, is_refused = self._refused(instance_id, assignment, refused), True
         finally:
             self._placing.discard(instance_id)
         placed = self.state.instances.get(instance_id)
@@ -281,16 +311,20 @@ class Leader:
             )
         return self._reply(command, placed, existed=False, decision=decision)
 
-    def _assign(self, instance_id: str) -> Assignment | None:
-        """The assignment of an instance, made now where it has none; None where nothing fits, or it is deleted."""
+    def _assign(self, instance_id: str) -> tuple[Assignment | None, PlacementDecision | None]:
+        """The assignment of an instance, made now where it has none; None where nothing fits, or it is deleted.
+
+        Beside it the decision, where one was made now.
+        """
         instance = self.state.instances.get(instance_id)
         if instance is None or instance.assignment is not None:
-            return None if instance is None else instance.assignment
-        event = placement_of(self._upkeep, self.view, instance, self._clock.now(), self._rules)
+            return None if instance is None else instance.assignment, None
+        decision = decision_on(self._upkeep, self.view, instance, self._clock.now(), self._rules)
+        event = assigned_by(decision, instance)
         if event is None:
-            return None
+            return None, decision
         self._ledger.append(event)
-        return event.assignment
+        return event.assignment, decision
 
     async def _answer_of(self, assignment: Assignment) -> RunnerStatus | None:
         """What the node says, as soon as it has made up its mind: before that, a runner is ``starting``."""

@@ -23,6 +23,7 @@ from skulk.cluster.merge import TOMBSTONE_S
 from skulk.cluster.view import ClusterView, drain_of, runner_of
 from skulk.placement.decision import assign, place
 from skulk.wire.events import Event, InstanceAssigned, InstanceUnassigned, NodeDrainEnded, TombstonesExpired
+from skulk.wire.placement import PlacementDecision
 from skulk.wire.state import Instance
 
 BARRED_S: Final = 60.0
@@ -144,14 +145,23 @@ def next_event(
     return next((event for found in decided for event in found), None)
 
 
+def decision_on(upkeep: Upkeep, view: ClusterView, instance: Instance, now: float, rules: Rules) -> PlacementDecision:
+    """Where an instance should go, of the nodes that aren't barred."""
+    refusals = upkeep.barred.get(instance.instance_id, {})
+    barred = tuple(sorted(node for node, found in refusals.items() if found.until > now))
+    request = msgspec.structs.replace(instance.request, excluded_nodes=(*instance.request.excluded_nodes, *barred))
+    return place(view, request, now, default_parallel=rules.default_parallel)
+
+
 def placement_of(
     upkeep: Upkeep, view: ClusterView, instance: Instance, now: float, rules: Rules
 ) -> InstanceAssigned | None:
     """The assignment of an instance to the best node that isn't barred; None where none fits."""
-    refusals = upkeep.barred.get(instance.instance_id, {})
-    barred = tuple(sorted(node for node, found in refusals.items() if found.until > now))
-    request = msgspec.structs.replace(instance.request, excluded_nodes=(*instance.request.excluded_nodes, *barred))
-    decision = place(view, request, now, default_parallel=rules.default_parallel)
+    return assigned_by(decision_on(upkeep, view, instance, now, rules), instance)
+
+
+def assigned_by(decision: PlacementDecision, instance: Instance) -> InstanceAssigned | None:
+    """The event that a decision stands for; None where it places nothing."""
     if decision.outcome != "placed":
         return None
     assignment = assign(decision, instance.instance_id, instance.last_epoch + 1)

@@ -24,7 +24,7 @@ from skulk.clock import Clock
 from skulk.cluster.reconcile import Wanted, difference
 from skulk.errors import ServiceError, SkulkError, UnavailableError
 from skulk.placement.admission import OwnFacts, admit
-from skulk.placement.rooms import reserved_bytes
+from skulk.placement.rooms import is_on_cpu, reserved_bytes
 from skulk.wire.base import ErrorBody
 from skulk.wire.beats import RunnerPhase, RunnerStatus
 
@@ -227,17 +227,26 @@ class Hosting:
         except OSError as error:
             text = f"{error}; mend that on this node, or place the model on another one"
             raise UnavailableError("refused_by_node", text) from error
-        refusal = admit(facts, runner.wanted.assignment, self._reserved_besides(runner, facts.runner_bytes))
+        refusal = admit(
+            facts,
+            runner.wanted.assignment,
+            self._reserved_besides(runner, facts),
+            is_forced=runner.wanted.instance.request.force,
+        )
         if refusal is not None:
             raise refusal
 
-    def _reserved_besides(self, runner: _Runner, measured: Mapping[str, int]) -> int:
+    def _reserved_besides(self, runner: _Runner, facts: MeasuredFacts) -> int:
+        """What is promised to others of the pool of memory that a runner is to take."""
         others = [found for found in self._runners.values() if found is not runner and found.status.phase != "refused"]
         admitted = [found for found in others if found.process is not None or found.status.phase == "accepted"]
+        if facts.memory.cpu_usable_bytes is not None:
+            on_cpu = is_on_cpu(runner.wanted.assignment.backend)
+            admitted = [found for found in admitted if is_on_cpu(found.wanted.assignment.backend) is on_cpu]
         return reserved_bytes(
             [found.status for found in admitted],
             {found.status.runner_id: found.wanted.assignment.memory.need_bytes for found in admitted},
-            measured,
+            facts.runner_bytes,
         )
 
     def measured(self, memory_bytes: dict[str, int]) -> None:

@@ -13,30 +13,41 @@
           h. backend_mismatch   the card accepts none of its tags
           i. weights_missing    the weights aren't on its disk, and it can't fetch them (`placement.weights`)
           j. memory             its GPU has less than the card's min_vram_gib; or not even the smallest context that
-                                may be admitted fits
+                                may be admitted fits. Beside a discrete GPU the processor is tried next, where the
+                                card accepts it. A request with ``force`` passes this one, with a warning
         else it can serve: context, cells and memory that it would get, and a score
      3. some can serve ...................................... placed on the best score, ties by node id
      4. no node is live, or one that passed f. still measures  pending: it may succeed in seconds
      5. ..................................................... unplaceable: what came nearest, and what to do
 
-Score, compared in this order: ``backend`` (minus the rank in the card), ``weights`` (1: on its disk), ``room`` (share
-of the room left over, in tenths, so that noise doesn't decide), ``load`` (minus load a core, in tenths).
+Score, compared in this order:
+    fits      only where ``force`` was asked for: 1 where the memory suffices, else 0
+    backend   minus its rank in the card
+    weights   1: on its disk
+    apart     minus the instances of this model that are there already
+    speed     tokens a second to be expected, in doublings (`placement.speeds`)
+    room      share of the room left over, in tenths, so that noise doesn't decide
+    load      minus load a core, in tenths
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from skulk.cluster.liveness import node_liveness
 from skulk.cluster.view import ClusterView, NodeView, drain_of
 from skulk.ids import runner_id
 from skulk.placement.backends import Ranked, rank_of
-from skulk.placement.fitting import Fit, Fitter, context_limit, largest_context, least_need
-from skulk.placement.rooms import rooms
+from skulk.placement.fitting import Fit, Fitter, context_limit, largest_context, least_fit, least_need
+from skulk.placement.rooms import Room, is_on_cpu, rooms
+from skulk.placement.speeds import doublings, expected_tps, usual_tps
 from skulk.placement.weights import sources_of, why_not_fetched
 from skulk.units import GIB, format_bytes
 from skulk.wire.base import PROTOCOL
-from skulk.wire.placement import NodeReport, PlacementDecision, PlacementRequest
+from skulk.wire.beats import EngineFacts
+from skulk.wire.placement import MemoryEstimate, NodeReport, PlacementDecision, PlacementRequest
 from skulk.wire.state import Assignment
 
 DEFAULT_PARALLEL: Final = 16
@@ -178,13 +189,47 @@ class _Question:
         self.view: Final = view
         self.request: Final = request
         self.now: Final = now
-        self.fitter: Final = Fitter(request.card, request.context_length)
+        self.fitter: Final = Fitter(request.card, request.context_length, is_capped=request.n_parallel is None)
         self.sources: Final = sources_of(view, request.card)
         self.excluded: Final = frozenset(request.excluded_nodes)
         self.selected: Final = frozenset(request.node_ids)
         asked = request.n_parallel
         self.widths: Final = _narrower(default_parallel) if asked is None else (asked,)
+        model_id = request.card.model_id
+        same = [found for found in view.state.instances.values() if found.request.card.model_id == model_id]
+        self.there: Final[Mapping[str, int]] = dict(
+            Counter(found.assignment.node_id for found in same if found.assignment is not None)
+        )
+        self._least: dict[tuple[str, EngineFacts], MemoryEstimate] = {}
+        self.is_picky: Final = bool(request.excluded_nodes or request.node_ids or view.state.drains)
+        self._mismatches: dict[tuple[str, ...], str] = {}
         self._ranks: dict[tuple[str, ...], Ranked | None] = {}
+        self._usual: dict[str, float] = {}
+
+    def mismatch_of(self, tags: tuple[str, ...]) -> str:
+        """Why none of a node's tags will do."""
+        if tags not in self._mismatches:
+            offered = ", ".join(tag for tag in tags if "-" in tag) or "nothing"
+            self._mismatches[tags] = f"needs {' or '.join(self.request.card.backends)}, offers {offered}"
+        return self._mismatches[tags]
+
+    def least_need(self, backend: str, engine: EngineFacts) -> MemoryEstimate:
+        """What the smallest context takes there; nodes of one kind need the same."""
+        found = self._least.get((backend, engine))
+        if found is None:
+            asked, width = self.request.context_length, self.widths[-1]
+            found = least_need(self.request.card, asked, width, backend, engine)
+            self._least[backend, engine] = found
+        return found
+
+    def speed_on(self, node: NodeView, backend: str) -> float:
+        """Tokens a second to be expected there, in doublings."""
+        weights = self.request.card.weights_bytes
+        if node.beat.speeds:
+            return doublings(expected_tps(weights, backend, node.beat.speeds))
+        if backend not in self._usual:
+            self._usual[backend] = doublings(usual_tps(weights, backend))
+        return self._usual[backend]
 
     def rank_of(self, tags: tuple[str, ...]) -> Ranked | None:
         """The card's best backend among a node's; nodes of one kind have the same tags."""
@@ -193,18 +238,23 @@ class _Question:
         return self._ranks[tags]
 
 
-def _report(question: _Question, node: NodeView, have: int) -> NodeReport:
+def _report(question: _Question, node: NodeView, have: Room) -> NodeReport:
     """Step 2 for one node."""
     request = question.request
-    verdict = _absent(question, node) or _unwanted(question, node) or _unready(node)  # a. to g.
+    verdict = _absent(question, node)  # a. to c.
+    if verdict is None and question.is_picky:
+        verdict = _unwanted(question, node)  # d. to f.
+    if verdict is None and node.beat.memory.total_bytes <= 0:  # g.
+        verdict = _Verdict("facts_pending", "hasn't measured its memory yet")
     ranked = question.rank_of(node.beat.tags)
+    short = ""
     if verdict is None and ranked is None:  # h.
-        offered = ", ".join(tag for tag in node.beat.tags if "-" in tag) or "nothing"
-        verdict = _Verdict("backend_mismatch", f"needs {' or '.join(request.card.backends)}, offers {offered}")
-    if verdict is None and (missing := why_not_fetched(question.sources, request.card, node)):  # i.
+        verdict = _Verdict("backend_mismatch", question.mismatch_of(node.beat.tags))
+    elif verdict is None and (missing := why_not_fetched(question.sources, request.card, node)):  # i.
         verdict = _Verdict("weights_missing", missing)
-    if verdict is None and ranked is not None and (short := _small_gpu(request, node, ranked.backend)):  # j.
-        verdict = _Verdict("memory", short)
+    elif verdict is None and ranked is not None and request.card.min_vram_gib:  # j.
+        short = _small_gpu(request, node, ranked.backend)
+        verdict = _Verdict("memory", short) if short and not request.force else None
     if verdict is not None:
         return NodeReport(
             node_id=node.beat.node_id,
@@ -214,7 +264,12 @@ def _report(question: _Question, node: NodeView, have: int) -> NodeReport:
             backend=None if ranked is None else ranked.backend,
         )
     assert ranked is not None
-    return _sized(question, node, ranked, have)  # j.
+    report = _sized(question, node, ranked, have.of(ranked.backend), short)  # j.
+    if report.filter is None or have.cpu is None or request.card.min_vram_gib or is_on_cpu(ranked.backend):
+        return report
+    on_cpu = question.rank_of(tuple(tag for tag in node.beat.tags if is_on_cpu(tag)))
+    other = None if on_cpu is None else _sized(question, node, on_cpu, have.cpu, "")
+    return report if other is None or other.filter is not None else other
 
 
 def _absent(question: _Question, node: NodeView) -> _Verdict | None:
@@ -241,20 +296,12 @@ def _unwanted(question: _Question, node: NodeView) -> _Verdict | None:
     return None
 
 
-def _unready(node: NodeView) -> _Verdict | None:
-    if node.beat.memory.total_bytes <= 0:  # g.
-        return _Verdict("facts_pending", "hasn't measured its memory yet")
-    return None
-
-
 def _small_gpu(request: PlacementRequest, node: NodeView, backend: str) -> str:
     """Why a node's GPU is too small for what the card asks for; empty: it isn't, or the card asks for nothing.
 
     A unified one counts with what it maps of main memory; a Mac's is its main memory.
     """
     asked = int(request.card.min_vram_gib * GIB)
-    if not asked:
-        return ""
     gpus = node.beat.system.accelerators
     if backend.endswith("-cpu"):
         have = 0
@@ -270,25 +317,30 @@ def _small_gpu(request: PlacementRequest, node: NodeView, backend: str) -> str:
     )
 
 
-def _sized(question: _Question, node: NodeView, ranked: Ranked, have: int) -> NodeReport:
-    """Filter j., and the score of what passes it."""
+def _sized(question: _Question, node: NodeView, ranked: Ranked, have: int, warning: str) -> NodeReport:
+    """Filter j., and the score of what passes it; ``warning``: what was let pass before."""
     card, asked, fitter = question.request.card, question.request.context_length, question.fitter
     fit: Fit | None = None
-    for width in question.widths:
+    # what hasn't room for the weights hasn't room for fewer sequences beside them
+    for width in question.widths if have >= fitter.least_bytes(ranked.backend) else ():
         fit = fitter.fit(have, width, ranked.backend, node.beat.engine)
         if fit is not None and (asked is None or fit.context_length >= fitter.most):
             break
     else:
-        need = least_need(card, asked, question.widths[-1], ranked.backend, node.beat.engine)
-        return NodeReport(
-            node_id=node.beat.node_id,
-            name=node.beat.name,
-            backend=ranked.backend,
-            available_bytes=have,
-            filter="memory",
-            detail=f"memory need {format_bytes(need.need_bytes)} have {format_bytes(have)}{_offer(fit)}",
-            memory=need,
-        )
+        need = question.least_need(ranked.backend, node.beat.engine)
+        short = f"memory need {format_bytes(need.need_bytes)} have {format_bytes(have)}{_offer(fit)}"
+        if not question.request.force:
+            return NodeReport(
+                node_id=node.beat.node_id,
+                name=node.beat.name,
+                backend=ranked.backend,
+                available_bytes=have,
+                filter="memory",
+                detail=short,
+                memory=need,
+            )
+        fit = least_fit(card, asked, question.widths[-1], ranked.backend, node.beat.engine)
+        warning = short
     return NodeReport(
         node_id=node.beat.node_id,
         name=node.beat.name,
@@ -298,7 +350,8 @@ def _sized(question: _Question, node: NodeView, ranked: Ranked, have: int) -> No
         n_parallel=fit.n_parallel,
         kv_cells=fit.kv_cells,
         memory=fit.memory,
-        score=_score(node, ranked.rank, fit, have, is_held=node.beat.node_id in question.sources.holders),
+        score=_score(question, node, ranked, fit, have, fits=not warning),
+        warning=f"{node.beat.name or node.beat.node_id}: forced though {warning}" if warning else "",
     )
 
 
@@ -311,25 +364,32 @@ def _offer(fit: Fit | None) -> str:
     return "" if fit is None else f"; a context_length of {fit.context_length:,} would fit"
 
 
-def _score(node: NodeView, rank: int, fit: Fit, have: int, *, is_held: bool) -> dict[str, float]:
-    left = (have - fit.memory.need_bytes) / have
+def _score(question: _Question, node: NodeView, ranked: Ranked, fit: Fit, have: int, *, fits: bool) -> dict[str, float]:
+    need = fit.memory.need_bytes
+    left = (have - need) / max(have, need)
     load = node.beat.load / max(1, node.beat.system.physical_cores)
-    return {
-        "backend": float(-rank),
-        "weights": 1.0 if is_held else 0.0,
+    node_id = node.beat.node_id
+    score = {
+        "backend": float(-ranked.rank),
+        "weights": 1.0 if node_id in question.sources.holders else 0.0,
+        "apart": 0.0 - question.there.get(node_id, 0),
+        "speed": question.speed_on(node, ranked.backend),
         "room": round(left, 1),
         "load": 0.0 - round(load, 1),
     }
+    return {"fits": 1.0 if fits else 0.0, **score} if question.request.force else score
 
 
 def _placed_reason(request: PlacementRequest, best: NodeReport) -> str:
     assert best.memory is not None
     limit = largest_context(request.card, request.context_length)
     shorter = f" (of {limit:,}: more doesn't fit)" if best.context_length < limit else ""
+    warned = f" Warning: {best.warning}." if best.warning else ""
     return (
         f"{request.card.model_id} goes to {best.name or best.node_id} on {best.backend}: "
         f"memory need {format_bytes(best.memory.need_bytes)} have {format_bytes(best.available_bytes)}, "
         f"context {best.context_length:,} tokens{shorter}, {best.n_parallel} side by side in {best.kv_cells:,} cells."
+        f"{warned}"
     )
 
 

@@ -2,8 +2,9 @@
 
 Cells. ``context_length`` is the window of one request; ``kv_cells`` lies between it and ``n_parallel`` times it. Full
 streams (``n_parallel x context_length`` cells, one stream a sequence) decode fastest, but most of their cells stay
-empty; so they are taken only while all KV stays within a quarter of the room; otherwise one unified cache takes that
-quarter, or one context if that is more.
+empty; so they are taken only while all KV stays within its share, a quarter of the room; otherwise one unified cache
+takes that share, or one context if that is more. Where nobody asked for a number of sequences, the share is no more
+than twice the weights (half a GiB at least): a small model on a large machine doesn't need gigabytes of cells.
 
 Parked states take a quarter of the KV, 1 GiB at most, and no more than all the rest leaves: host memory for sequences
 that yield and for prefixes that come back.
@@ -33,7 +34,7 @@ from skulk.placement.memory import (
     weights_with_headroom,
     window_cells,
 )
-from skulk.units import GIB
+from skulk.units import GIB, MIB
 from skulk.wire.beats import EngineFacts
 from skulk.wire.model import ModelCard
 from skulk.wire.placement import MemoryEstimate
@@ -42,6 +43,10 @@ MIN_CONTEXT: Final = 2048
 """The smallest context admitted when none was asked for; less is of little use to a chat."""
 KV_SHARE: Final = 4
 """KV beyond one context may take up to the room divided by this."""
+KV_WEIGHTS: Final = 2
+KV_FREE: Final = 512 * MIB
+"""Where no number of sequences was asked for, KV beyond one context may take `KV_WEIGHTS` times the weights, and this
+much at least."""
 PARK_SHARE: Final = 4
 PARK_MAX: Final = GIB
 """The most host memory for parked states: the KV divided by `PARK_SHARE`, and this."""
@@ -87,6 +92,16 @@ def least_need(
     """What the smallest admissible context takes: the figure that a refusal names."""
     context = smallest_context(card, asked)
     return estimate(card, context, n_parallel, round_up(context), backend, engine)
+
+
+def least_fit(
+    card: ModelCard, asked: int | None, n_parallel: int, backend: str, engine: EngineFacts = UNMEASURED
+) -> Fit:
+    """The smallest admissible context, whatever room there is: what a placement that is forced gets."""
+    context = smallest_context(card, asked)
+    cells = round_up(context)
+    memory = estimate(card, context, n_parallel, cells, backend, engine)
+    return Fit(context_length=context, n_parallel=n_parallel, kv_cells=cells, memory=memory)
 
 
 def fit_context(
@@ -148,13 +163,23 @@ class Fitter:
     Args:
         card: the model.
         asked: the request's context; None: as much as fits.
+        is_capped: nobody asked for a number of sequences, so that their cells are bounded by the model's size.
     """
 
-    def __init__(self, card: ModelCard, asked: int | None) -> None:
+    def __init__(self, card: ModelCard, asked: int | None, *, is_capped: bool = False) -> None:
         self.card: Final = card
+        self._most_kv: Final = max(KV_FREE, KV_WEIGHTS * card.weights_bytes) if is_capped else _NO_END
         self.most: Final = largest_context(card, asked)
         self._least: Final = min(smallest_context(card, None), self.most)
         self._needs: dict[tuple[int, str, bool, int], _Need] = {}
+        self._least_bytes: dict[bool, int] = {}
+
+    def least_bytes(self, backend: str) -> int:
+        """Less than any context needs, however few sequences run."""
+        is_mlx = backend.startswith("mlx")
+        if is_mlx not in self._least_bytes:
+            self._least_bytes[is_mlx] = weights_with_headroom(self.card, is_mlx=is_mlx)
+        return self._least_bytes[is_mlx]
 
     def fit(self, room_bytes: int, n_parallel: int, backend: str, engine: EngineFacts = UNMEASURED) -> Fit | None:
         """The largest context that fits, as `fit_context`. Cost: O(1) from the second node of a build on."""
@@ -169,7 +194,7 @@ class Fitter:
         if most < round_up(self._least):
             return None
         context = min(most, self.most)
-        share = room_bytes // KV_SHARE
+        share = min(room_bytes // KV_SHARE, self._most_kv)
         found = self._streams(context, n_parallel, backend, engine, room_bytes, share)
         if found is None:
             single = round_up(context)
@@ -266,4 +291,12 @@ def _lines(
 def _with_parked(memory: MemoryEstimate, room_bytes: int) -> MemoryEstimate:
     """Room for parked states beside the rest: it takes no token of context from anyone."""
     park = min(memory.kv_bytes // PARK_SHARE, PARK_MAX, room_bytes - memory.need_bytes)
-    return msgspec.structs.replace(memory, park_bytes=park, need_bytes=memory.need_bytes + park)
+    return MemoryEstimate(
+        weights_bytes=memory.weights_bytes,
+        kv_bytes=memory.kv_bytes,
+        compute_bytes=memory.compute_bytes,
+        headroom_bytes=memory.headroom_bytes,
+        need_bytes=memory.need_bytes + park,
+        park_bytes=park,
+        process_bytes=memory.process_bytes,
+    )

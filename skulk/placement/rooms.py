@@ -1,6 +1,11 @@
 """The ledger of memory: what a node has left when all that was promised is counted, for master and node alike.
 
-    room = usable - sum over what is promised of max(0, reserved - measured)
+    room(pool) = usable - sum over what is promised there of max(0, reserved - measured)
+
+    pool     of                                            usable
+    main     the node's best backend: a GPU's memory,      `MemoryFacts.usable_bytes`
+             unified memory, or main memory
+    cpu      ``-cpu`` backends beside a discrete GPU       `MemoryFacts.cpu_usable_bytes`; None: they share the other
 
 ``usable`` is the node's own figure and already lacks what its runners were measured to take when it was written. So
 ``measured`` must come from the same beat: a newer status could tell of memory that the older ``usable`` still counts as
@@ -10,9 +15,11 @@ free.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Final, NamedTuple
 
-from skulk.cluster.view import ClusterView, NodeView
-from skulk.wire.beats import RunnerPhase, RunnerStatus
+from skulk.cluster.view import ClusterView
+from skulk.wire.beats import MemoryFacts, RunnerPhase, RunnerStatus
+from skulk.wire.state import Assignment
 
 _GONE: frozenset[RunnerPhase] = frozenset({"refused", "stopped", "failed"})
 
@@ -37,48 +44,119 @@ def reserved_bytes(
     for status in statuses:
         name = status.runner_id
         told.add(name)
-        need = assigned.get(name, 0)
-        if status.phase == "refused":
-            need = 0
-        elif status.phase not in _GONE and status.reserved_bytes > need:
-            need = status.reserved_bytes
-        unseen = need - measured.get(name, 0)
-        if unseen > 0:
-            promised += unseen
+        promised += _unseen(status, assigned.get(name, 0), measured.get(name, 0))
     for name, need in assigned.items():
         if name not in told:
             promised += max(0, need - measured.get(name, 0))
     return promised
 
 
-def room(view: ClusterView, node_id: str) -> int:
+def _unseen(status: RunnerStatus, wanted: int, measured: int) -> int:
+    """What one runner may still take beyond what was measured; ``wanted``: its need by the state, or 0."""
+    phase = status.phase
+    if phase == "refused":
+        return 0
+    if phase not in _GONE and status.reserved_bytes > wanted:
+        wanted = status.reserved_bytes
+    return wanted - measured if wanted > measured else 0
+
+
+class Room(NamedTuple):
+    """Bytes that are left on a node, by pool; ``cpu`` None: there is one pool."""
+
+    main: int
+    cpu: int | None = None
+
+    def of(self, backend: str) -> int:
+        """What one more instance on this backend may take."""
+        return self.main if self.cpu is None or not is_on_cpu(backend) else self.cpu
+
+
+NO_ROOM: Final = Room(0)
+
+
+def is_on_cpu(backend: str) -> bool:
+    """Whether a resolved backend computes on the processor, in main memory."""
+    return backend.endswith("-cpu")
+
+
+def usable_by(memory: MemoryFacts, backend: str) -> int:
+    """What a backend may take of its pool, before reservations, in bytes."""
+    own = memory.cpu_usable_bytes
+    return memory.usable_bytes if own is None or not is_on_cpu(backend) else own
+
+
+def room(view: ClusterView, node_id: str, backend: str = "") -> int:
     """Bytes that one more instance may take on a node now; 0 for an unknown node. Cost: that of `rooms`."""
-    return rooms(view).get(node_id, 0)
+    return rooms(view).get(node_id, NO_ROOM).of(backend)
 
 
-def rooms(view: ClusterView) -> dict[str, int]:
-    """`room` of every node. Cost: O(nodes + instances): a placement looks at all of both once, not for each node."""
-    assigned: dict[str, dict[str, int]] = {}
-    for instance in view.state.instances.values():
-        if (found := instance.assignment) is not None:
-            assigned.setdefault(found.node_id, {})[found.runner_id] = found.memory.need_bytes
-    newest: dict[str, dict[str, RunnerStatus]] = {}
-    for name, status in view.runners.items():
-        newest.setdefault(status.node_id, {})[name] = status
-    nothing: dict[str, int] = {}
-    silent: dict[str, RunnerStatus] = {}
-    return {
-        node_id: _room(node, newest.get(node_id, silent), assigned.get(node_id, nothing))
-        for node_id, node in view.nodes.items()
+def rooms(view: ClusterView) -> dict[str, Room]:
+    """What is left on every node. Cost: O(nodes + instances + runners), in one pass: each placement asks for all."""
+    wanted = {
+        found.runner_id: found
+        for instance in view.state.instances.values()
+        if (found := instance.assignment) is not None
     }
+    ledger = _Ledger(view, wanted)
+    newest = view.runners
+    seen = 0
+    for node_id, node in view.nodes.items():
+        for status in node.beat.runners:
+            latest = newest.get(status.runner_id, status)
+            if latest.node_id != node_id:  # one name may live on two nodes for a while
+                latest = status
+            else:
+                seen += status.runner_id in newest
+            ledger.add(node_id, latest, status.memory_bytes)
+    if seen < len(newest):
+        ledger.add_new()
+    if len(ledger.placed) < len(wanted):
+        ledger.add_unheard()
+    return {node_id: ledger.room(node_id, node.beat.memory) for node_id, node in view.nodes.items()}
 
 
-def _room(node: NodeView, newest: Mapping[str, RunnerStatus], assigned: Mapping[str, int]) -> int:
-    usable = node.beat.memory.usable_bytes
-    told = node.beat.runners
-    if not (told or newest or assigned):
-        return max(0, usable)
-    statuses = {status.runner_id: status for status in told}
-    measured = {name: status.memory_bytes for name, status in statuses.items()}
-    statuses.update(newest)
-    return max(0, usable - reserved_bytes(statuses.values(), assigned, measured))
+class _Ledger:
+    """What is promised on each node; gone when `rooms` returns. ``placed``: wanted runners that have been counted."""
+
+    def __init__(self, view: ClusterView, wanted: Mapping[str, Assignment]) -> None:
+        self.placed: Final[set[str]] = set()
+        self._view = view
+        self._wanted = wanted
+        self._promised = dict.fromkeys(view.nodes, 0)
+        self._on_cpu = {name: 0 for name, node in view.nodes.items() if node.beat.memory.cpu_usable_bytes is not None}
+
+    def add(self, node_id: str, status: RunnerStatus, measured: int) -> None:
+        """A runner by its newest status; ``measured``: by the beat that ``usable`` is from."""
+        found = self._wanted.get(status.runner_id)
+        need = 0
+        if found is not None and found.node_id == node_id:
+            self.placed.add(status.runner_id)
+            need = found.memory.need_bytes
+        unseen = _unseen(status, need, measured)
+        if unseen:
+            self._count(node_id, status.backend if found is None else found.backend, unseen)
+
+    def add_new(self) -> None:
+        """Runners that have spoken since their node's beat."""
+        told = {(name, status.runner_id) for name, node in self._view.nodes.items() for status in node.beat.runners}
+        for status in self._view.runners.values():
+            if status.node_id in self._promised and (status.node_id, status.runner_id) not in told:
+                self.add(status.node_id, status, 0)
+
+    def add_unheard(self) -> None:
+        """Wanted runners that nobody has heard of yet."""
+        for name, found in self._wanted.items():
+            if name not in self.placed and found.node_id in self._promised:
+                self._count(found.node_id, found.backend, found.memory.need_bytes)
+
+    def room(self, node_id: str, memory: MemoryFacts) -> Room:
+        """What is left."""
+        left, own = max(0, memory.usable_bytes - self._promised[node_id]), memory.cpu_usable_bytes
+        return Room(left) if own is None else Room(left, max(0, own - self._on_cpu[node_id]))
+
+    def _count(self, node_id: str, backend: str, promised: int) -> None:
+        if node_id in self._on_cpu and is_on_cpu(backend):
+            self._on_cpu[node_id] += promised
+        else:
+            self._promised[node_id] += promised

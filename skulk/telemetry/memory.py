@@ -2,7 +2,7 @@
 
     pool                                     usable
     CPU alone, Apple silicon                 min(available, 0.75 x total)
-    discrete GPUs                            sum of min(free, 0.90 x VRAM)
+    discrete GPUs                            sum of min(free, 0.90 x VRAM); beside it main memory, as above, for the CPU
     APU with unified memory (Strix Halo):    VRAM free + min(max(0, RAM available - 16 GiB), GTT free)
       GTT > VRAM and GTT >= RAM
 
@@ -75,6 +75,7 @@ def memory_facts(
         total_bytes=now.total_bytes,
         available_bytes=now.available_bytes,
         usable_bytes=usable_bytes(now, tags, accelerators, limit_bytes=limit_bytes, own=taken),
+        cpu_usable_bytes=cpu_usable_bytes(now, tags, accelerators, limit_bytes=limit_bytes, own=taken),
     )
 
 
@@ -89,16 +90,37 @@ def usable_bytes(
     """The module's rule; pure. Bytes, never negative."""
     gpus = tuple(gpu for gpu in accelerators if gpu.vram_total_bytes and _is_usable(gpu, tags))
     discrete = tuple(gpu for gpu in gpus if not is_unified(gpu, now))
-    available = now.available_bytes - own.file_bytes
     if discrete:  # llama.cpp leaves an integrated GPU alone beside a discrete one
         usable = _discrete(discrete, own)
     elif gpus:
-        usable = sum(_unified(gpu, available) for gpu in gpus[:1])
+        usable = sum(_unified(gpu, now.available_bytes - own.file_bytes) for gpu in gpus[:1])
     else:
-        usable = min(available, now.total_bytes * 3 // 4 - own.resident_bytes)
+        usable = _main(now, own)
     if limit_bytes:
         usable = min(usable, limit_bytes - own.total_bytes)
     return max(0, usable)
+
+
+def cpu_usable_bytes(
+    now: Ram,
+    tags: tuple[str, ...],
+    accelerators: tuple[Accelerator, ...],
+    *,
+    limit_bytes: int = 0,
+    own: ProcessMemory = NOTHING,
+) -> int | None:
+    """Main memory for backends on the CPU, where a discrete GPU has a pool of its own; None: there is one pool."""
+    gpus = (gpu for gpu in accelerators if gpu.vram_total_bytes and _is_usable(gpu, tags))
+    if all(is_unified(gpu, now) for gpu in gpus):
+        return None
+    usable = _main(now, own)
+    if limit_bytes:
+        usable = min(usable, limit_bytes - own.total_bytes)
+    return max(0, usable)
+
+
+def _main(now: Ram, own: ProcessMemory) -> int:
+    return min(now.available_bytes - own.file_bytes, now.total_bytes * 3 // 4 - own.resident_bytes)
 
 
 def is_unified(gpu: Accelerator, now: Ram) -> bool:

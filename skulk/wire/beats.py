@@ -14,11 +14,18 @@ RunnerPhase = Literal["accepted", "refused", "starting", "loading", "warming", "
 
 
 class MemoryFacts(Wire, frozen=True, kw_only=True):
-    """A node's memory in bytes. ``usable_bytes``: what models may take now, before reservations."""
+    """A node's memory in bytes.
+
+    Attributes:
+        usable_bytes: what models may take now, before reservations, of the pool that the node's best backend uses.
+        cpu_usable_bytes: the same of main memory for ``-cpu`` backends, where that is another pool (a discrete GPU
+            has its own); None: there is one pool.
+    """
 
     total_bytes: int
     available_bytes: int
     usable_bytes: int
+    cpu_usable_bytes: int | None = None
 
 
 class DiskFacts(Wire, frozen=True, kw_only=True):
@@ -40,6 +47,14 @@ class EngineFacts(Wire, frozen=True, kw_only=True):
     process_bytes: int = 0
     ubatch: int = 512
     kv_type: str = "f16"
+
+
+class MeasuredSpeed(Wire, frozen=True, kw_only=True):
+    """How fast a node has drawn tokens of a model of this size, for one sequence."""
+
+    backend: str
+    weights_bytes: int
+    decode_tps: float
 
 
 class Accelerator(Wire, frozen=True, kw_only=True):
@@ -138,6 +153,7 @@ class NodeBeat(Wire, frozen=True, kw_only=True):
         hub: it may fetch weights from the hub.
         downloads: the weights on their way to its disk, and those that failed lately.
         engine: what its llama.cpp adds to the memory of an instance.
+        speeds: what its runners were measured to do, one for each backend and doubling of size, the newest.
         unmerged: its state holds what the master's lacks; the master's next round takes it in.
         leaving: its last beat: it stops in order and is not to be waited for.
     """
@@ -171,6 +187,7 @@ class NodeBeat(Wire, frozen=True, kw_only=True):
     unmerged: bool = False
     leaving: bool = False
     engine: EngineFacts = EngineFacts()
+    speeds: tuple[MeasuredSpeed, ...] = ()
 
 
 class MasterBeat(Wire, frozen=True, kw_only=True):

@@ -20,6 +20,7 @@ class PlaceModel(Wire, frozen=True, kw_only=True):
         command_id: the client's; the answer is kept for 10 minutes and repeated.
         on_demand: a request for an answer wants it: it leaves when nobody has used it for a while, or for room.
         instance_id: to use this very id; None: the master makes one.
+        replicas: how many instances; all are placed, or none is.
     """
 
     command_id: str
@@ -27,6 +28,7 @@ class PlaceModel(Wire, frozen=True, kw_only=True):
     instance_id: str | None = None
     ensure: bool = False
     on_demand: bool = False
+    replicas: int = 1
 
 
 class PreviewPlacement(Wire, frozen=True, kw_only=True):
@@ -41,6 +43,8 @@ class PlacementReply(Wire, frozen=True, kw_only=True):
     Attributes:
         position: the caller waits until its own state is there, so that its next read shows the instance.
         existed: with ``ensure``: nothing was added.
+        instance_ids: of all replicas; ``instance_id``, ``decision`` and ``assignment`` are the first one's.
+        warnings: what the placements risk, as far as they were forced.
     """
 
     command_id: str
@@ -49,6 +53,8 @@ class PlacementReply(Wire, frozen=True, kw_only=True):
     assignment: Assignment | None = None
     position: Position
     existed: bool = False
+    instance_ids: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 class DeleteInstance(Wire, frozen=True, kw_only=True):

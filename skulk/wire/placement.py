@@ -22,6 +22,7 @@ class PlacementRequest(Wire, frozen=True, kw_only=True):
         node_ids: if not empty, only these may.
         context_length: window of one request in tokens; None: as much as fits, up to what the card allows.
         n_parallel: sequences served side by side; None: the node's setting.
+        force: where no node has the memory by the estimate, take the one that lacks least, with a warning.
     """
 
     card: ModelCard
@@ -32,6 +33,7 @@ class PlacementRequest(Wire, frozen=True, kw_only=True):
     node_ids: tuple[str, ...] = ()
     context_length: int | None = None
     n_parallel: int | None = None
+    force: bool = False
 
 
 class MemoryEstimate(Wire, frozen=True, kw_only=True, gc=False):
@@ -65,7 +67,8 @@ class NodeReport(Wire, frozen=True, kw_only=True, gc=False):
         context_length: window of one request that would be admitted, tokens; 0 where none is.
         n_parallel: sequences that would be served side by side.
         kv_cells: cells that would be allocated for all of them together.
-        available_bytes: room of the node before this placement.
+        available_bytes: room of the node, in the pool of ``backend``, before this placement.
+        warning: what a placement there that was forced risks; empty: nothing.
         score: parts by name, higher is better, compared in this order; empty where filtered.
     """
 
@@ -80,6 +83,7 @@ class NodeReport(Wire, frozen=True, kw_only=True, gc=False):
     memory: MemoryEstimate | None = None
     available_bytes: int = 0
     score: dict[str, float] = {}
+    warning: str = ""
 
 
 class PlacementDecision(Wire, frozen=True, kw_only=True):
@@ -93,6 +97,11 @@ class PlacementDecision(Wire, frozen=True, kw_only=True):
     nodes: tuple[str, ...] = ()
     reports: tuple[NodeReport, ...] = ()
     reason: str = ""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the placement risks."""
+        return tuple(report.warning for report in self.reports if report.warning and report.node_id in self.nodes)
 
     def report_of(self, node_id: str) -> NodeReport | None:
         """The report on one node."""

@@ -6,7 +6,16 @@ import msgspec
 
 from skulk.cluster.view import ClusterView, NodeView
 from skulk.units import GIB
-from skulk.wire.beats import DiskFacts, MemoryFacts, NodeBeat, RunnerPhase, RunnerStatus, SystemFacts
+from skulk.wire.beats import (
+    Accelerator,
+    DiskFacts,
+    MeasuredSpeed,
+    MemoryFacts,
+    NodeBeat,
+    RunnerPhase,
+    RunnerStatus,
+    SystemFacts,
+)
 from skulk.wire.model import HeldModel, ModelCard, ModelFile, ModelFormat
 from skulk.wire.placement import PlacementRequest
 from skulk.wire.state import Assignment, ClusterState, Drain, Instance
@@ -44,11 +53,32 @@ def model(
     )
 
 
+def shaped(card: ModelCard, **changes: object) -> ModelCard:
+    """A card with another shape."""
+    return msgspec.structs.replace(card, **changes)
+
+
 TINY = model("tiny", weights_gib=0.09, kv_kib=23, context=8192, embedding=576, vocabulary=49_152)
 SMALL = model("small-8b", weights_gib=4.6, kv_kib=128, context=131_072)
 LARGE = model("large-70b", weights_gib=39.6, kv_kib=320, context=131_072, embedding=8192)
 MLX = model("mlx-8b", weights_gib=4.2, kv_kib=128, context=32_768, backends=("mlx-metal", "mlx"), format="mlx")
 MODELS = (TINY, SMALL, LARGE, MLX)
+# layers with a window of 1,024 in five of six, as Gemma's
+WINDOW = shaped(
+    model("window-12b", weights_gib=6.8, kv_kib=384, context=131_072, embedding=3840, vocabulary=262_208),
+    window=1024,
+    window_kv_bytes_per_token=320 * 1024,
+)
+# 128 experts, of which 8 compute
+EXPERTS = model("experts-30b", weights_gib=17.3, kv_kib=96, context=40_960, embedding=2048, vocabulary=151_936)
+# state-space layers: a state of its own for each sequence, and hardly any cache
+HYBRID = shaped(model("hybrid-9b", weights_gib=5.2, kv_kib=16, context=131_072), recurrent_bytes=96 * 2**20)
+EMBEDDER = shaped(
+    model("embedder", weights_gib=0.3, kv_kib=12, context=512, embedding=384, vocabulary=30_522),
+    tasks=("TextEmbedding",),
+)
+GPU_ONLY = shaped(model("gpu-only-27b", weights_gib=15.4, kv_kib=184, context=32_768), min_vram_gib=16.0)
+FAMILIES = (*MODELS, WINDOW, EXPERTS, HYBRID, EMBEDDER, GPU_ONLY)
 
 
 def machine(
@@ -59,11 +89,17 @@ def machine(
     name: str = "",
     load: float = 0.0,
     cores: int = 8,
-    models: tuple[ModelCard, ...] = MODELS,
+    models: tuple[ModelCard, ...] = FAMILIES,
     heard_at: float = NOW,
     measured: bool = True,
+    ram_gib: float | None = None,
+    gpus: tuple[Accelerator, ...] = (),
+    speeds: tuple[MeasuredSpeed, ...] = (),
 ) -> NodeView:
-    """A node that has spoken at ``heard_at``; with ``measured`` False it has no memory facts yet."""
+    """A node that has spoken at ``heard_at``; with ``measured`` False it has no memory facts yet.
+
+    ``ram_gib``: usable by the processor, where ``usable_gib`` is a discrete GPU's.
+    """
     usable = int(usable_gib * GIB)
     beat = NodeBeat(
         node_id=node_id,
@@ -73,8 +109,16 @@ def machine(
         at=1_700_000_000.0,
         started_at=1_699_999_000.0,
         tags=tags,
-        system=SystemFacts(hostname=node_id, os="Linux", architecture="x86_64", chip="", physical_cores=cores),
-        memory=MemoryFacts(total_bytes=usable * 2 if measured else 0, available_bytes=usable, usable_bytes=usable),
+        system=SystemFacts(
+            hostname=node_id, os="Linux", architecture="x86_64", chip="", physical_cores=cores, accelerators=gpus
+        ),
+        memory=MemoryFacts(
+            total_bytes=usable * 2 if measured else 0,
+            available_bytes=usable,
+            usable_bytes=usable,
+            cpu_usable_bytes=None if ram_gib is None else int(ram_gib * GIB),
+        ),
+        speeds=speeds,
         disk=DiskFacts(total_bytes=1000 * GIB, available_bytes=500 * GIB),
         load=load,
         models=tuple(HeldModel(model_id=card.model_id, size_bytes=card.size_bytes) for card in models),
@@ -83,10 +127,14 @@ def machine(
 
 
 CPU_TAGS = ("llama_cpp", "llama_cpp-cpu")
-STRIX = machine("a1", ("llama_cpp", "llama_cpp-vulkan"), 96, name="strix", cores=16)
+STRIX_GPU = Accelerator(vendor="amd", name="Radeon 8060S", vram_total_bytes=512 * 2**20, gtt_total_bytes=120 * GIB)
+GEFORCE_GPU = Accelerator(vendor="nvidia", name="GeForce RTX 4070", vram_total_bytes=12 * GIB)
+STRIX = machine("a1", ("llama_cpp", "llama_cpp-vulkan"), 96, name="strix", cores=16, gpus=(STRIX_GPU,))
 MAC_SMALL = machine("b1", ("mlx", "mlx-metal"), 12, name="mac-small")
 MAC_LARGE = machine("b2", ("mlx", "mlx-metal"), 48, name="mac-large")
-GEFORCE = machine("c1", ("llama_cpp", "llama_cpp-cuda"), 10.8, name="geforce")
+GEFORCE = machine(
+    "c1", ("llama_cpp", "llama_cpp-cuda", "llama_cpp-cpu"), 10.8, name="geforce", ram_gib=20, gpus=(GEFORCE_GPU,)
+)
 PLAIN = machine("d1", CPU_TAGS, 24, name="plain", load=1.0)
 
 

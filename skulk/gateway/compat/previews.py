@@ -15,12 +15,18 @@ def previews_json(request: PlacementRequest, decision: PlacementDecision, instan
     """The answer; ``instance_id``: the one that a proposed instance would get when it is sent back."""
     return {
         "previews": [preview_json(request, decision, instance_id)],
-        "decision": {
-            "outcome": decision.outcome,
-            "reason": decision.reason,
-            "nodes": list(decision.nodes),
-            "reports": [msgspec.to_builtins(report) for report in decision.reports],
-        },
+        "decision": decision_json(decision),
+    }
+
+
+def decision_json(decision: PlacementDecision) -> dict[str, Any]:
+    """A decision with its reports, in our own words."""
+    return {
+        "outcome": decision.outcome,
+        "reason": decision.reason,
+        "nodes": list(decision.nodes),
+        "warnings": list(decision.warnings),
+        "reports": [msgspec.to_builtins(report) for report in decision.reports],
     }
 
 

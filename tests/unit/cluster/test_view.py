@@ -112,6 +112,10 @@ def test_a_deleted_instance_takes_its_status_along_unless_its_node_still_has_the
     assert with_state(view, state_of()).runners == {}
     held = with_node_beat(view, beat(runners=(status(ASSIGNED),)), 0.0)
     assert ASSIGNED.runner_id in with_state(held, state_of()).runners
+    # it has spoken since its node's last beat, which didn't know it yet: its memory isn't free
+    young = with_runner_status(with_node_beat(ClusterView(state=view.state), beat(), 1.0), status(ASSIGNED))
+    assert ASSIGNED.runner_id in with_state(young, state_of()).runners
+    assert ASSIGNED.runner_id not in with_state(with_node_beat(young, beat(), 2.0), state_of()).runners
 
 
 def test_the_least_loaded_instance_comes_first() -> None:
