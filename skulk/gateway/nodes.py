@@ -9,21 +9,23 @@ from typing import Any, Final
 import msgspec
 from aiohttp import web
 
-from skulk.bus.subjects import EVENTS_HISTORY
+from skulk.bus.subjects import EVENTS_HISTORY, NODE_RESTART
 from skulk.errors import SkulkError
 from skulk.gateway.bodies import whole_number
-from skulk.gateway.compat.diagnostics import cluster_json, node_json
+from skulk.gateway.compat.diagnostics import cluster_json, node_json, timeline_json
 from skulk.gateway.compat.state import state_json
 from skulk.gateway.keys import BUS, CARDS, CLOCK, DISPATCHER, METRICS, REPLICA, SPEC
 from skulk.gateway.metrics import CONTENT_TYPE
 from skulk.gateway.replies import json_response
-from skulk.wire.commands import HistoryRequest
+from skulk.ids import new_id
+from skulk.wire.commands import HistoryRequest, RestartNode
 from skulk.wire.events import EventRecord
 
 log = logging.getLogger("skulk.gateway")
 
 MAX_EVENTS: Final = 1_000
 HISTORY_WAIT_S: Final = 2.0
+RESTART_WAIT_S: Final = 5.0
 
 
 async def node_id(request: web.Request) -> web.Response:
@@ -111,6 +113,22 @@ async def diagnose_node(request: web.Request) -> web.Response:
     spec = request.app[SPEC]
     told = node_json(request.app[REPLICA].view, spec.node_id, spec.version)
     return json_response({**told, "bus": msgspec.to_builtins(request.app[BUS].counters)})
+
+
+async def restart(request: web.Request) -> web.Response:
+    """``POST /admin/restart``: this node stops in order and starts again, under the same command line."""
+    spec = request.app[SPEC]
+    asked = RestartNode(command_id=new_id())
+    reply = await request.app[BUS].request(NODE_RESTART, asked, timeout_s=RESTART_WAIT_S, node=spec.node_id)
+    return json_response(
+        {"message": "Restarting.", "command_id": reply.command_id, "node_id": reply.node_id}, status=202
+    )
+
+
+async def timeline(request: web.Request) -> web.Response:
+    """``GET /v1/diagnostics/cluster/timeline``: what happened, oldest first; ``limit`` as in ``/events``."""
+    limit = whole_number(request, "limit", MAX_EVENTS, low=1, high=MAX_EVENTS)
+    return json_response(timeline_json(await _history(request, limit, 0), request.app[SPEC].node_id))
 
 
 async def diagnose_cluster(request: web.Request) -> web.Response:

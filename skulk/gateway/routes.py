@@ -29,6 +29,8 @@ ROUTES: Final[tuple[tuple[str, str, Handler], ...]] = (
     ("GET", "/events", nodes.events),
     ("GET", "/v1/diagnostics/node", nodes.diagnose_node),
     ("GET", "/v1/diagnostics/cluster", nodes.diagnose_cluster),
+    ("GET", "/v1/diagnostics/cluster/timeline", nodes.timeline),
+    ("POST", "/admin/restart", nodes.restart),
     ("POST", "/place_instance", instances.place_instance),
     ("POST", "/instance", instances.create_instance),
     ("GET", "/instance/previews", instances.previews),

@@ -377,6 +377,21 @@ async def test_diagnostics(gateway: Gateway) -> None:
     assert (runner["runnerId"], runner["statusKind"], runner["phase"]) == ("i1-1", "RunnerReady", "ready")
     cluster = (await gateway.call("GET", "/v1/diagnostics/cluster")).json
     assert (cluster["localNodeId"], cluster["nodes"][0]["ok"]) == (NODE, True)
+    told = (await gateway.call("GET", "/v1/diagnostics/cluster/timeline")).json
+    assert told["localNodeId"] == NODE
+    lines = [(one["kind"], one["instanceId"], one["modelId"], one["nodeId"]) for one in told["events"]]
+    assert lines == [
+        ("term_began", None, None, NODE),
+        ("instance_created", "i1", MODEL, None),
+        ("instance_assigned", "i1", None, NODE),
+    ]
+    latest = (await gateway.call("GET", "/v1/diagnostics/cluster/timeline?limit=1")).json["events"]
+    assert [one["seq"] for one in latest] == [3]
+
+
+async def test_a_restart_is_asked_of_this_gateway_s_own_node(gateway: Gateway) -> None:
+    answer = await gateway.call("POST", "/admin/restart")
+    assert (answer.status, answer.json["node_id"], gateway.cluster.restarts) == (202, NODE, 1)
 
 
 async def test_runners_of_the_state_are_those_that_instances_name(gateway: Gateway) -> None:

@@ -26,6 +26,7 @@ from skulk.bus.subjects import (
     MASTER_PLACE,
     MASTER_PREVIEW,
     NODE_BEAT,
+    NODE_RESTART,
     NODE_SNAPSHOT,
     RUNNER_CANCEL,
     RUNNER_DETOKENIZE,
@@ -52,6 +53,8 @@ from skulk.wire.commands import (
     PlacementReply,
     PlaceModel,
     PreviewPlacement,
+    RestartNode,
+    RestartReply,
     Snapshot,
     SnapshotRequest,
 )
@@ -188,6 +191,7 @@ class FakeCluster:
         self.state = ClusterState(cluster=bus.cluster)
         self.records: list[EventRecord] = []
         self.histories = 0
+        self.restarts = 0
         self.statuses: dict[str, RunnerStatus] = {}
         self.runners: dict[str, FakeRunner] = {}
         self.models: tuple[str, ...] = (MODEL,)
@@ -226,7 +230,7 @@ class FakeCluster:
                 {MASTER_PLACE: self._place, MASTER_PREVIEW: self._preview, MASTER_DELETE: self._delete},
                 node=NODE,
             ),
-            await serve("node", {NODE_SNAPSHOT: self._snapshot}, node=NODE),
+            await serve("node", {NODE_SNAPSHOT: self._snapshot, NODE_RESTART: self._restart}, node=NODE),
             await serve("events", {EVENTS_HISTORY: self._history}),
         ]
         self._beats = asyncio.create_task(self._beat())
@@ -331,6 +335,10 @@ class FakeCluster:
     async def _snapshot(self, call: Call[SnapshotRequest]) -> Snapshot:
         del call
         return Snapshot(node_id=NODE, state=self.state)
+
+    async def _restart(self, call: Call[RestartNode]) -> RestartReply:
+        self.restarts += 1
+        return RestartReply(command_id=call.message.command_id, node_id=NODE)
 
     async def _history(self, call: Call[HistoryRequest]) -> History:
         self.histories += 1
