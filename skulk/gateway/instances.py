@@ -52,7 +52,7 @@ class CreateRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def place_instance(request: web.Request) -> web.Response:
-    """``POST /place_instance``: always one more instance."""
+    """``POST /place_instance``: places one more instance; answered when a node has accepted it."""
     sent = read_as(await read_object(request), PlaceRequest)
     known = await request.app[STORES].known(sent.model_id, param="model_id")
     wanted = PlacementRequest(
@@ -114,7 +114,7 @@ def _check_placed(reply: PlacementReply) -> None:
 
 
 async def delete_instance(request: web.Request) -> web.Response:
-    """``DELETE /instance/{instance_id}``."""
+    """``DELETE /instance/{instance_id}``: answered when its node has stopped the runner."""
     instance_id = _instance(request).instance_id
     command = DeleteInstance(command_id=new_id(), instance_id=instance_id)
     masters = request.app[MASTERS]
@@ -126,7 +126,7 @@ async def delete_instance(request: web.Request) -> web.Response:
 
 
 async def show_instance(request: web.Request) -> web.Response:
-    """``GET /instance/{instance_id}``."""
+    """``GET /instance/{instance_id}``: one instance as ``/state`` has it."""
     return json_response(instance_json(request.app[REPLICA].view, _instance(request)))
 
 

@@ -34,6 +34,7 @@ from skulk.bus.subjects import (
     RUNNER_GENERATE,
     RUNNER_RESEND,
     RUNNER_STATUS,
+    RUNNER_TOKENIZE,
 )
 from skulk.clock import SystemClock
 from skulk.cluster.fold import fold, state_hash
@@ -58,7 +59,7 @@ from skulk.wire.commands import (
     Snapshot,
     SnapshotRequest,
 )
-from skulk.wire.embedding import Detokenize, Detokenized, Embed, Embedded
+from skulk.wire.embedding import Detokenize, Detokenized, Embed, Embedded, Tokenize, Tokenized
 from skulk.wire.events import Event, EventRecord, InstanceAssigned, InstanceCreated, InstanceDeleted, TermBegan
 from skulk.wire.gateway import GatewaySpec
 from skulk.wire.generation import Accepted, Cancel, Cancelled, Generate, StreamEnd, Timings, Usage
@@ -130,6 +131,7 @@ class FakeRunner:
                 RUNNER_RESEND: self._resend,
                 RUNNER_EMBED: self._embed,
                 RUNNER_DETOKENIZE: self._detokenize,
+                RUNNER_TOKENIZE: self._tokenize,
             },
             runner=self.runner_id,
         )
@@ -178,6 +180,10 @@ class FakeRunner:
         """Each input's number and a quarter."""
         vectors = tuple(struct.pack("<2f", index, 0.25) for index in range(len(call.message.inputs)))
         return Embedded(vectors=vectors, prompt_tokens=3)
+
+    async def _tokenize(self, call: Call[Tokenize]) -> Tokenized:
+        words = call.message.text.split()
+        return Tokenized(tokens=tuple(range(len(words))), pieces=tuple(word.encode() for word in words))
 
     async def _detokenize(self, call: Call[Detokenize]) -> Detokenized:
         return Detokenized(text="".join(f"<{token}>" for token in call.message.tokens))
