@@ -27,6 +27,8 @@ from skulk.wire.commands import (
     PreviewPlacement,
     PreVote,
     PreVoted,
+    RestartNode,
+    RestartReply,
     Snapshot,
     SnapshotRequest,
 )
@@ -174,6 +176,7 @@ MASTER_DELETE: Final = Endpoint("delete", "master.delete.{node}", DeleteInstance
 MASTER_DRAIN: Final = Endpoint("drain", "master.drain.{node}", DrainNode, DrainReply, service="master")
 ELECTION_PREVOTE: Final = Endpoint("prevote", "election.prevote.{node}", PreVote, PreVoted, service="election")
 ELECTION_GATHER: Final = Endpoint("gather", "election.gather.{node}", Gather, Gathered, service="election")
+NODE_RESTART: Final = Endpoint("restart", "node.restart.{node}", RestartNode, RestartReply, service="node")
 NODE_SNAPSHOT: Final = Endpoint("snapshot", "node.snapshot.{node}", SnapshotRequest, Snapshot, service="node")
 EVENTS_HISTORY: Final = Endpoint(
     "history", "events.history", HistoryRequest, History, service="events", queue_group="nodes"
@@ -204,6 +207,7 @@ ENDPOINTS: Final[tuple[Endpoint[Any, Any], ...]] = (
     MASTER_DRAIN,
     ELECTION_PREVOTE,
     ELECTION_GATHER,
+    NODE_RESTART,
     NODE_SNAPSHOT,
     EVENTS_HISTORY,
     STORE_RESOLVE,

@@ -75,6 +75,7 @@ class Running:
         self.nats_url = ""
         self.nats_options = ""
         self.placed: tuple[PlacementReply, ...] = ()
+        self.is_restarting = False
         self._ended: asyncio.Future[SkulkError | None] = asyncio.get_running_loop().create_future()
 
     @property
@@ -91,6 +92,11 @@ class Running:
         """Has `wait` return; may come twice."""
         if not self._ended.done():
             self._ended.set_result(None)
+
+    def restart(self) -> None:
+        """Has `wait` return, and whoever started the node start it again."""
+        self.is_restarting = True
+        self.stop()
 
     def fail(self, error: SkulkError) -> None:
         """Has `wait` raise: the node can't go on."""
@@ -324,6 +330,7 @@ class _Launcher:
             authority=lambda: master.state,
             roles=self._roles,
             unreachable=lambda: master.unreachable,
+            restart=self._running.restart,
             master_heard_at=state_date(self._home),
         )
         self._master = master

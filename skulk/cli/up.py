@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from importlib import import_module
@@ -37,6 +38,8 @@ GREETING: Final = "Name three rivers."
 GREETING_LIMIT: Final = 128
 PLACE_WAIT_S: Final = 60.0
 HURRY_S: Final = 0.2
+RESTARTING: Final = -1
+"""What `up` returns where the node was asked to start again; no exit status."""
 
 
 class Running(Protocol):
@@ -45,6 +48,7 @@ class Running(Protocol):
     node_id: str
     api_url: str
     placed: tuple[PlacementReply, ...]
+    is_restarting: bool
 
     @property
     def nats_sub_line(self) -> str: ...
@@ -70,21 +74,41 @@ def run(context: Context) -> int:
     configure_logging(settings.log_format, settings.log_level, "node", secrets=secrets_of(settings))
     try:
         launch: Launch = import_module("skulk.cli.launcher").launch
-        return asyncio.run(up(settings, launch, greet=greet))
+        status = asyncio.run(up(settings, launch, greet=greet))
     except SkulkError as error:
         announce_error(error)
         raise
+    if status == RESTARTING:
+        _start_again()
+    return status
+
+
+def _start_again() -> None:
+    """Becomes a new process of the same command line and id; returns never, or raises.
+
+    Raises:
+        StartError: ``child_failed``: this Python is gone.
+    """
+    note("starting again")
+    sys.stdout.flush()
+    command = [sys.executable, "-m", "skulk", *sys.argv[1:]]
+    try:
+        os.execv(sys.executable, command)
+    except OSError as error:
+        raise StartError("child_failed", f"The node has stopped, and can't start again: {error}.") from error
 
 
 async def up(settings: Settings, launch: Launch, *, greet: bool = False) -> int:
     """Starts the node and stays until it ends.
 
     Returns:
-        0 after a stop that was asked for; 128 + the signal where it came before the node was up, or came twice.
+        0 after a stop that was asked for, `RESTARTING` where it is to start again;
+        128 + the signal where it came before the node was up, or came twice.
 
     Raises:
         SkulkError: the node could not start, or could not go on.
     """
+    status = 0
     has_parent = READY_FD in os.environ
     signals = _Signals()
     try:
@@ -96,6 +120,8 @@ async def up(settings: Settings, launch: Launch, *, greet: bool = False) -> int:
             beside.append(asyncio.create_task(_introduce(settings, running, greet=greet), name="introduction"))
             try:
                 await running.wait()
+                if running.is_restarting:
+                    status = RESTARTING
             finally:
                 for task in beside:
                     task.cancel()
@@ -110,7 +136,7 @@ async def up(settings: Settings, launch: Launch, *, greet: bool = False) -> int:
         return 128 + signals.received[0]
     finally:
         signals.close()
-    return 0
+    return 0 if signals.received else status
 
 
 class _Signals:

@@ -18,7 +18,7 @@ from skulk.wire.generation import TextPrompt, TokenPrompt
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
-    """``POST /v1/chat/completions``."""
+    """``POST /v1/chat/completions``: the next message of a conversation, whole or streamed."""
     asked = await _read_chat(request, await read_object(request))
     return await generate(request, asked, ChatAnswer)
 
@@ -32,7 +32,7 @@ async def bench_chat_completions(request: web.Request) -> web.StreamResponse:
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
-    """``POST /v1/completions``."""
+    """``POST /v1/completions``: how a text goes on, whole or streamed."""
     body = await read_object(request)
     known = await known_model(request, model_of(body))
     asked = read_completion(body, known.card)

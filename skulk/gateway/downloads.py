@@ -32,7 +32,7 @@ _Model = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
 
 
 class AddRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """``POST /models/add``."""
+    """``POST /models/add``: resolves a name of the hub and keeps its card."""
 
     model_id: _Model
 
@@ -67,7 +67,7 @@ async def add_model(request: web.Request) -> web.Response:
 
 
 async def start_download(request: web.Request) -> web.Response:
-    """``POST /download/start``."""
+    """``POST /download/start``: begins a download on a node; again and again does no harm."""
     sent = read_as(await read_object(request), StartRequest)
     stores = request.app[STORES]
     known = await stores.known(_model_of(sent.shardMetadata), param="shardMetadata")
@@ -94,7 +94,7 @@ def _model_of(shard: dict[str, Any]) -> str:
 
 
 async def delete_download(request: web.Request) -> web.Response:
-    """``DELETE /download/{node_id}/{model_id}``."""
+    """``DELETE /download/{node_id}/{model_id}``: ends a download; where it is complete, deletes the files."""
     stores, model_id = request.app[STORES], request.match_info["model_id"]
     node_id = stores.node(request.match_info["node_id"])
     running = stores.statuses(model_id).get(node_id)
@@ -106,12 +106,12 @@ async def delete_download(request: web.Request) -> web.Response:
 
 
 async def registry(request: web.Request) -> web.Response:
-    """``GET /store/registry``."""
+    """``GET /store/registry``: the weights that lie on disks."""
     return json_response({"entries": registry_json(request.app[STORES].view)})
 
 
 async def pull_model(request: web.Request) -> web.Response:
-    """``POST /store/models/{model_id}/download``."""
+    """``POST /store/models/{model_id}/download``: begins a download on one node."""
     sent = read_as(await read_object(request) if request.can_read_body else {}, PullRequest)
     stores = request.app[STORES]
     known = await stores.known(request.match_info["model_id"], param="model_id")
@@ -121,7 +121,7 @@ async def pull_model(request: web.Request) -> web.Response:
 
 
 async def pull_status(request: web.Request) -> web.Response:
-    """``GET /store/models/{model_id}/download/status``; ``?node_id=`` of one node."""
+    """``GET /store/models/{model_id}/download/status``: how far a download is; ``?node_id=`` of one node."""
     stores, model_id = request.app[STORES], request.match_info["model_id"]
     wanted = request.query.get("node_id")
     node_id = stores.node(wanted) if wanted else None
@@ -143,7 +143,7 @@ async def pull_status(request: web.Request) -> web.Response:
 
 
 async def verify_model(request: web.Request) -> web.Response:
-    """``POST /store/models/{model_id}/verify``; ``node_id`` names one node, else all that have it."""
+    """``POST /store/models/{model_id}/verify``: hashes the files anew, on one node or on all that have them."""
     sent = read_as(await read_object(request) if request.can_read_body else {}, NodeRequest)
     stores, model_id = request.app[STORES], request.match_info["model_id"]
     results: list[dict[str, Any]] = []
@@ -154,7 +154,7 @@ async def verify_model(request: web.Request) -> web.Response:
 
 
 async def remove_model(request: web.Request) -> web.Response:
-    """``DELETE /store/models/{model_id}``; ``?node_id=`` on one node, else on all that have it or are fetching it."""
+    """``DELETE /store/models/{model_id}``: deletes the files, on one node or on all that have or fetch them."""
     stores, model_id = request.app[STORES], request.match_info["model_id"]
     removed: list[dict[str, Any]] = []
     failure: SkulkError | None = None

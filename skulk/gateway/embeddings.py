@@ -37,7 +37,7 @@ from skulk.wire.model import ModelCard
 
 
 async def embeddings(request: web.Request) -> web.Response:
-    """``POST /v1/embeddings``."""
+    """``POST /v1/embeddings``: vectors of texts, by an embedding model."""
     body = await read_object(request)
     fields = sort_fields(body, EMBEDDING_FIELDS)
     card = await _embedder(request, body)

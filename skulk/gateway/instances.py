@@ -57,7 +57,7 @@ class CreateRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def place_instance(request: web.Request) -> web.Response:
-    """``POST /place_instance``: always one more instance, or ``replicas`` more; ``?wait=ready``: and they serve."""
+    """``POST /place_instance``: places one more instance, or several; answered when nodes have accepted them."""
     sent = read_as(await read_object(request), PlaceRequest)
     waits = waits_for_ready(request)
     known = await request.app[STORES].known(sent.model_id, param="model_id")
@@ -66,7 +66,7 @@ async def place_instance(request: web.Request) -> web.Response:
         card=card,
         sharding=sent.sharding,
         instance_meta=sent.instance_meta,
-        min_nodes=_one_node(sent.min_nodes, card),
+        min_nodes=one_node(sent.min_nodes, card),
         excluded_nodes=tuple(sent.excluded_nodes),
         node_ids=tuple(sent.node_ids),
         context_length=sent.context_length,
@@ -132,7 +132,7 @@ def _check_placed(reply: PlacementReply) -> None:
 
 
 async def delete_instance(request: web.Request) -> web.Response:
-    """``DELETE /instance/{instance_id}``."""
+    """``DELETE /instance/{instance_id}``: answered when its node has stopped the runner."""
     instance_id = _instance(request).instance_id
     command = DeleteInstance(command_id=new_id(), instance_id=instance_id)
     masters = request.app[MASTERS]
@@ -144,7 +144,7 @@ async def delete_instance(request: web.Request) -> web.Response:
 
 
 async def show_instance(request: web.Request) -> web.Response:
-    """``GET /instance/{instance_id}``."""
+    """``GET /instance/{instance_id}``: one instance as ``/state`` has it."""
     return json_response(instance_json(request.app[REPLICA].view, _instance(request)))
 
 
@@ -171,12 +171,12 @@ async def _preview(request: web.Request) -> tuple[PlacementRequest, PlacementDec
     card = placeable(known)
     wanted = PlacementRequest(
         card=card,
-        min_nodes=_one_node(whole_number(request, "min_nodes", 1, low=1, high=MAX_NODES), card),
+        min_nodes=one_node(whole_number(request, "min_nodes", 1, low=1, high=MAX_NODES), card),
         excluded_nodes=tuple(query.getall("excluded_node_ids", []))[:MAX_NODES],
         node_ids=tuple(query.getall("node_ids", []))[:MAX_NODES],
         context_length=_count(request, "context_length"),
         n_parallel=_count(request, "n_parallel"),
-        force=request.query.get("force", "").lower() in ("1", "true"),
+        force=_is_forced(request),
     )
     question = PreviewPlacement(request=wanted)
     return wanted, await request.app[MASTERS].ask(MASTER_PREVIEW, question, timeout_s=PREVIEW_WAIT_S)
@@ -185,6 +185,13 @@ async def _preview(request: web.Request) -> tuple[PlacementRequest, PlacementDec
 def _count(request: web.Request, name: str) -> int | None:
     """A count in the query; None where it isn't there."""
     return whole_number(request, name, 1, low=1, high=2**31 - 1) if name in request.query else None
+
+
+def _is_forced(request: web.Request) -> bool:
+    asked = request.query.get("force", "0")
+    if asked not in ("0", "1"):
+        raise RequestError("invalid_request", "force must be 0 or 1", param="force")
+    return asked == "1"
 
 
 def _instance(request: web.Request) -> Instance:
@@ -204,7 +211,12 @@ def placeable(known: KnownModel) -> ModelCard:
     return known.card
 
 
-def _one_node(min_nodes: int, card: ModelCard) -> int:
+def one_node(min_nodes: int, card: ModelCard) -> int:
+    """How many nodes one instance takes: one.
+
+    Raises:
+        RequestError: ``sharding_unsupported``; ``unsupported_field``: where the engine could and we don't.
+    """
     if min_nodes > 1 and card.format == "gguf":
         raise RequestError(
             "sharding_unsupported",

@@ -19,7 +19,7 @@ MAX_HUB = 50
 
 
 async def list_models(request: web.Request) -> web.Response:
-    """``GET /v1/models`` and ``/models``; ``?state=ready`` filters."""
+    """``GET /v1/models`` and ``/models``: the models that the cluster knows, the ready ones first."""
     state = request.query.get("state")
     if state is not None and state not in STATES:
         raise RequestError("invalid_request", f"state must be one of {', '.join(STATES)}", param="state")
@@ -32,11 +32,14 @@ async def search_models(request: web.Request) -> web.Response:
     """
     query = request.query.get("query") or request.query.get("q") or ""
     words = query.lower().split()
+    hub = request.query.get("hub", "1")
+    if hub not in ("0", "1"):
+        raise RequestError("invalid_request", "hub must be 0 or 1", param="hub")
     limit = whole_number(request, "limit", MAX_FOUND, low=1, high=1_000)
     known = await request.app[STORES].all()
     found = [_json(one) for one in known if all(word in _text(one) for word in words)]
     answer: dict[str, Any] = {"object": "list", "data": found[:limit]}
-    if words and request.query.get("hub") != "0" and request.app[STORES].may_ask_hub():
+    if words and hub == "1" and request.app[STORES].may_ask_hub():
         answer |= await _on_hub(request, query, {entry["id"] for entry in found}, limit - len(found))
         answer["data"] = [*found, *answer["data"]][:limit]
     return json_response(answer)
@@ -54,7 +57,7 @@ async def _on_hub(request: web.Request, query: str, known: set[str], limit: int)
 
 
 async def show_model(request: web.Request) -> web.Response:
-    """``GET /v1/models/{model_id}``; ids hold slashes."""
+    """``GET /v1/models/{model_id}``: one model; ids hold slashes."""
     model_id = request.match_info["model_id"]
     listed = next((known for known in await request.app[STORES].all() if known.card.model_id == model_id), None)
     return json_response(_json(listed or request.app[CARDS].need(model_id)))

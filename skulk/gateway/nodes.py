@@ -9,30 +9,32 @@ from typing import Any, Final
 import msgspec
 from aiohttp import web
 
-from skulk.bus.subjects import EVENTS_HISTORY
+from skulk.bus.subjects import EVENTS_HISTORY, NODE_RESTART
 from skulk.errors import SkulkError
 from skulk.gateway.bodies import whole_number
-from skulk.gateway.compat.diagnostics import cluster_json, node_json
+from skulk.gateway.compat.diagnostics import cluster_json, node_json, timeline_json
 from skulk.gateway.compat.state import state_json
 from skulk.gateway.keys import BUS, CARDS, CLOCK, DISPATCHER, METRICS, REPLICA, SPEC
 from skulk.gateway.metrics import CONTENT_TYPE
 from skulk.gateway.replies import json_response
-from skulk.wire.commands import HistoryRequest
+from skulk.ids import new_id
+from skulk.wire.commands import HistoryRequest, RestartNode
 from skulk.wire.events import EventRecord
 
 log = logging.getLogger("skulk.gateway")
 
 MAX_EVENTS: Final = 1_000
 HISTORY_WAIT_S: Final = 2.0
+RESTART_WAIT_S: Final = 5.0
 
 
 async def node_id(request: web.Request) -> web.Response:
-    """``GET /node_id``: a bare JSON string."""
+    """``GET /node_id``: this node's id, a bare JSON string."""
     return json_response(request.app[SPEC].node_id)
 
 
 async def identity(request: web.Request) -> web.Response:
-    """``GET /node/identity``; the address is the one this very request came to."""
+    """``GET /node/identity``: this node's id, host name and the address that this very request came to."""
     name: Any = None if request.transport is None else request.transport.get_extra_info("sockname")
     return json_response(
         {
@@ -49,7 +51,7 @@ async def health(request: web.Request) -> web.Response:
 
 
 async def ready(request: web.Request) -> web.Response:
-    """``GET /ready``: 200 while the bus is connected and a master leads, else 503 with what is missing."""
+    """``GET /ready``: whether it can serve: 200 while the bus is connected and a master leads, else 503 with what is missing."""
     missing: list[str] = []
     if request.app[BUS].state != "connected":
         missing.append("bus")
@@ -63,7 +65,7 @@ async def ready(request: web.Request) -> web.Response:
 
 
 async def state(request: web.Request) -> web.Response:
-    """``GET /state``."""
+    """``GET /state``: everything that is known of the cluster, in the words of existing clients."""
     clock, cards = request.app[CLOCK], request.app[CARDS]
     by_id = {known.card.model_id: known.card for known in cards.all()}
     return json_response(state_json(request.app[REPLICA].view, by_id, clock.now(), clock.wall()))
@@ -94,7 +96,7 @@ async def _history(request: web.Request, limit: int, since: int) -> tuple[EventR
 
 
 async def metrics(request: web.Request) -> web.Response:
-    """``GET /metrics``: for Prometheus."""
+    """``GET /metrics``: counters and gauges for Prometheus."""
     dispatcher = request.app[DISPATCHER]
     text = request.app[METRICS].text(
         request.app[BUS].counters,
@@ -107,13 +109,29 @@ async def metrics(request: web.Request) -> web.Response:
 
 
 async def diagnose_node(request: web.Request) -> web.Response:
-    """``GET /v1/diagnostics/node``."""
+    """``GET /v1/diagnostics/node``: this node's runners and its bus."""
     spec = request.app[SPEC]
     told = node_json(request.app[REPLICA].view, spec.node_id, spec.version)
     return json_response({**told, "bus": msgspec.to_builtins(request.app[BUS].counters)})
 
 
+async def restart(request: web.Request) -> web.Response:
+    """``POST /admin/restart``: this node stops in order and starts again, under the same command line."""
+    spec = request.app[SPEC]
+    asked = RestartNode(command_id=new_id())
+    reply = await request.app[BUS].request(NODE_RESTART, asked, timeout_s=RESTART_WAIT_S, node=spec.node_id)
+    return json_response(
+        {"message": "Restarting.", "command_id": reply.command_id, "node_id": reply.node_id}, status=202
+    )
+
+
+async def timeline(request: web.Request) -> web.Response:
+    """``GET /v1/diagnostics/cluster/timeline``: what happened, oldest first; ``limit`` as in ``/events``."""
+    limit = whole_number(request, "limit", MAX_EVENTS, low=1, high=MAX_EVENTS)
+    return json_response(timeline_json(await _history(request, limit, 0), request.app[SPEC].node_id))
+
+
 async def diagnose_cluster(request: web.Request) -> web.Response:
-    """``GET /v1/diagnostics/cluster``."""
+    """``GET /v1/diagnostics/cluster``: every live node's runners, and where its API is."""
     spec = request.app[SPEC]
     return json_response(cluster_json(request.app[REPLICA].view, spec.node_id, spec.version))

@@ -9,6 +9,7 @@ from aiohttp.typedefs import Handler
 
 from skulk.gateway import chat, downloads, drains, embeddings, generations, instances, models, nodes
 from skulk.gateway.keys import SPEC
+from skulk.gateway.openapi import document
 from skulk.gateway.replies import json_response
 
 
@@ -18,8 +19,15 @@ async def index(request: web.Request) -> web.Response:
     return json_response({"name": "skulk", "version": request.app[SPEC].version, "routes": listed})
 
 
+async def show_document(request: web.Request) -> web.Response:
+    """``GET /openapi.json``: this API as OpenAPI 3.1."""
+    del request
+    return json_response(document(ROUTES))
+
+
 ROUTES: Final[tuple[tuple[str, str, Handler], ...]] = (
     ("GET", "/", index),
+    ("GET", "/openapi.json", show_document),
     ("GET", "/health", nodes.health),
     ("GET", "/ready", nodes.ready),
     ("GET", "/metrics", nodes.metrics),
@@ -29,6 +37,8 @@ ROUTES: Final[tuple[tuple[str, str, Handler], ...]] = (
     ("GET", "/events", nodes.events),
     ("GET", "/v1/diagnostics/node", nodes.diagnose_node),
     ("GET", "/v1/diagnostics/cluster", nodes.diagnose_cluster),
+    ("GET", "/v1/diagnostics/cluster/timeline", nodes.timeline),
+    ("POST", "/admin/restart", nodes.restart),
     ("POST", "/place_instance", instances.place_instance),
     ("POST", "/instance", instances.create_instance),
     ("GET", "/instance/previews", instances.previews),

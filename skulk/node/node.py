@@ -11,7 +11,7 @@ import msgspec
 
 from skulk.bus.port import Bus, Call
 from skulk.bus.replica import HISTORY_EVENTS, Replica
-from skulk.bus.subjects import EVENTS_HISTORY, NODE_BEAT, NODE_SNAPSHOT
+from skulk.bus.subjects import EVENTS_HISTORY, NODE_BEAT, NODE_RESTART, NODE_SNAPSHOT
 from skulk.clock import Clock
 from skulk.cluster.liveness import NODE_BEAT_S
 from skulk.cluster.reconcile import wanted_of
@@ -23,7 +23,7 @@ from skulk.node.storage import TOUCH_S, StateFile
 from skulk.node.twins import Twins
 from skulk.wire.base import PROTOCOL
 from skulk.wire.beats import DiskFacts, EngineFacts, HealthReason, MemoryFacts, NodeBeat, Role, SystemFacts
-from skulk.wire.commands import History, HistoryRequest, Snapshot, SnapshotRequest
+from skulk.wire.commands import History, HistoryRequest, RestartNode, RestartReply, Snapshot, SnapshotRequest
 from skulk.wire.model import HeldModel
 from skulk.wire.state import ClusterState
 from skulk.wire.store import DownloadStatus
@@ -86,6 +86,7 @@ class Node:
         hosting: its runners.
         authority: the master's own state while this node leads, else None.
         roles: asked at each beat, for addresses are known only after the start.
+        restart: has the whole node stop in order and start again.
         unreachable: the master that others hear and this node doesn't; empty where there is none.
         master_heard_at: when a master was last heard before this start, seconds since the epoch; None: never.
     """
@@ -103,9 +104,11 @@ class Node:
         authority: Callable[[], ClusterState | None],
         roles: Callable[[], NodeRoles],
         unreachable: Callable[[], str] = lambda: "",
+        restart: Callable[[], None] = lambda: None,
         master_heard_at: float | None = None,
     ) -> None:
         self._unreachable = unreachable
+        self._restart = restart
         self._master_heard_at = clock.wall() if master_heard_at is None else master_heard_at
         self._touched_at = clock.now()
         self._bus = bus
@@ -132,7 +135,9 @@ class Node:
         stop_listening = replica.on_change(self._view_changed)
         stop_statuses = replica.on_runner_status(self._hosting.heard)
         node_id = self._identity.node_id
-        node_service = await self._bus.serve("node", {NODE_SNAPSHOT: self._snapshot}, node=node_id)
+        node_service = await self._bus.serve(
+            "node", {NODE_SNAPSHOT: self._snapshot, NODE_RESTART: self._restarted}, node=node_id
+        )
         events_service = await self._bus.serve("events", {EVENTS_HISTORY: self._history}, metadata={"node": node_id})
         self._view_changed(replica.view)
         try:
@@ -246,6 +251,11 @@ class Node:
         del call
         state = self._authority() or self._replica.view.state
         return Snapshot(node_id=self._identity.node_id, state=state)
+
+    async def _restarted(self, call: Call[RestartNode]) -> RestartReply:
+        log.warning("this node is asked to start again")
+        self._restart()
+        return RestartReply(command_id=call.message.command_id, node_id=self._identity.node_id)
 
     async def _history(self, call: Call[HistoryRequest]) -> History:
         asked = call.message

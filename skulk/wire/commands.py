@@ -165,6 +165,19 @@ class Snapshot(Wire, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, state=ClusterState.opened(raw["state"]))
 
 
+class RestartNode(Wire, frozen=True, kw_only=True):
+    """Ask a node to stop in order and start again, with the settings of its next start."""
+
+    command_id: str
+
+
+class RestartReply(Wire, frozen=True, kw_only=True):
+    """Answer to `RestartNode`, sent before it begins."""
+
+    command_id: str
+    node_id: str
+
+
 class HistoryRequest(Wire, frozen=True, kw_only=True):
     """The newest events, oldest first: at most ``limit`` (1 to 1,000), with ``seq`` above ``since``."""
 

@@ -34,7 +34,10 @@ async def test_place_shows_in_the_next_state(gateway: Gateway) -> None:
     answer = await gateway.call("POST", "/place_instance", body)
     assert answer.status == 200
     placed = answer.json
-    assert set(placed) == {"message", "command_id", "instance_id", "model_card"}
+    known = {"message", "command_id", "instance_id", "model_card"}
+    assert set(placed) == known | {"instance_ids", "decision", "warnings"}
+    assert placed["instance_ids"] == [placed["instance_id"]]
+    assert (placed["decision"]["outcome"], placed["warnings"]) == ("placed", [])
     assert placed["model_card"]["modelId"] == MODEL
     command = gateway.cluster.placed[0]
     assert placed["command_id"] == command.command_id
@@ -49,7 +52,10 @@ async def test_place_shows_in_the_next_state(gateway: Gateway) -> None:
         ({}, 400, "invalid_request", "model_id"),
         ({"model_id": 5}, 400, "invalid_request", "model_id"),
         ({"model_id": "no/such"}, 404, "model_not_found", "model_id"),
-        ({"model_id": MODEL, "min_nodes": 2}, 400, "unsupported_field", "min_nodes"),
+        ({"model_id": MODEL, "min_nodes": 2}, 400, "sharding_unsupported", "min_nodes"),
+        ({"model_id": MODEL, "replicas": 0}, 400, "invalid_request", "replicas"),
+        ({"model_id": MODEL, "replicas": 65}, 400, "invalid_request", "replicas"),
+        ({"model_id": MODEL, "force": 1}, 400, "invalid_request", "force"),
         ({"model_id": MODEL, "min_nodes": 0}, 400, "invalid_request", "min_nodes"),
         ({"model_id": MODEL, "min_nodes": "1"}, 400, "invalid_request", "min_nodes"),
         ({"model_id": MODEL, "instance_meta": "Ring"}, 400, "invalid_request", "instance_meta"),
@@ -377,6 +383,21 @@ async def test_diagnostics(gateway: Gateway) -> None:
     assert (runner["runnerId"], runner["statusKind"], runner["phase"]) == ("i1-1", "RunnerReady", "ready")
     cluster = (await gateway.call("GET", "/v1/diagnostics/cluster")).json
     assert (cluster["localNodeId"], cluster["nodes"][0]["ok"]) == (NODE, True)
+    told = (await gateway.call("GET", "/v1/diagnostics/cluster/timeline")).json
+    assert told["localNodeId"] == NODE
+    lines = [(one["kind"], one["instanceId"], one["modelId"], one["nodeId"]) for one in told["events"]]
+    assert lines == [
+        ("term_began", None, None, NODE),
+        ("instance_created", "i1", MODEL, None),
+        ("instance_assigned", "i1", None, NODE),
+    ]
+    latest = (await gateway.call("GET", "/v1/diagnostics/cluster/timeline?limit=1")).json["events"]
+    assert [one["seq"] for one in latest] == [3]
+
+
+async def test_a_restart_is_asked_of_this_gateway_s_own_node(gateway: Gateway) -> None:
+    answer = await gateway.call("POST", "/admin/restart")
+    assert (answer.status, answer.json["node_id"], gateway.cluster.restarts) == (202, NODE, 1)
 
 
 async def test_runners_of_the_state_are_those_that_instances_name(gateway: Gateway) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.whole_node import FREE_PORTS, MODEL, processes_of, skulk, whole_node
+from tests.support.whole_node import FREE_PORTS, MODEL, START_S, processes_of, skulk, whole_node
 
 
 async def test_ctrl_c_leaves_nothing_and_a_restart_brings_the_placement_back(tmp_path: Path) -> None:
@@ -20,6 +20,16 @@ async def test_ctrl_c_leaves_nothing_and_a_restart_brings_the_placement_back(tmp
     async with whole_node(tmp_path) as again:
         assert await again.wait_ready() == instance_id
         assert len((await again.state())["instances"]) == 1
+        # asked over HTTP, the same process starts anew
+        before = again.facts
+        status, told = await again.call("POST", "/admin/restart")
+        assert (status, told["node_id"]) == (202, before["node_id"])
+        await again.wait_output("starting again")
+        again.output.clear()
+        await again.wait_output("is up", START_S)
+        assert await again.wait_ready() == instance_id
+        assert again.facts["started_at"] > before["started_at"]
+        assert again.process.returncode is None
 
 
 async def test_children_die_with_a_killed_launcher(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from skulk.bus.subjects import (
     MASTER_PLACE,
     MASTER_PREVIEW,
     NODE_BEAT,
+    NODE_RESTART,
     NODE_SNAPSHOT,
     RUNNER_CANCEL,
     RUNNER_DETOKENIZE,
@@ -33,6 +34,7 @@ from skulk.bus.subjects import (
     RUNNER_GENERATE,
     RUNNER_RESEND,
     RUNNER_STATUS,
+    RUNNER_TOKENIZE,
 )
 from skulk.clock import SystemClock
 from skulk.cluster.fold import fold, state_hash
@@ -52,10 +54,12 @@ from skulk.wire.commands import (
     PlacementReply,
     PlaceModel,
     PreviewPlacement,
+    RestartNode,
+    RestartReply,
     Snapshot,
     SnapshotRequest,
 )
-from skulk.wire.embedding import Detokenize, Detokenized, Embed, Embedded
+from skulk.wire.embedding import Detokenize, Detokenized, Embed, Embedded, Tokenize, Tokenized
 from skulk.wire.events import Event, EventRecord, InstanceAssigned, InstanceCreated, InstanceDeleted, TermBegan
 from skulk.wire.gateway import GatewaySpec
 from skulk.wire.generation import Accepted, Cancel, Cancelled, Generate, StreamEnd, Timings, Usage
@@ -127,6 +131,7 @@ class FakeRunner:
                 RUNNER_RESEND: self._resend,
                 RUNNER_EMBED: self._embed,
                 RUNNER_DETOKENIZE: self._detokenize,
+                RUNNER_TOKENIZE: self._tokenize,
             },
             runner=self.runner_id,
         )
@@ -176,6 +181,10 @@ class FakeRunner:
         vectors = tuple(struct.pack("<2f", index, 0.25) for index in range(len(call.message.inputs)))
         return Embedded(vectors=vectors, prompt_tokens=3)
 
+    async def _tokenize(self, call: Call[Tokenize]) -> Tokenized:
+        words = call.message.text.split()
+        return Tokenized(tokens=tuple(range(len(words))), pieces=tuple(word.encode() for word in words))
+
     async def _detokenize(self, call: Call[Detokenize]) -> Detokenized:
         return Detokenized(text="".join(f"<{token}>" for token in call.message.tokens))
 
@@ -188,6 +197,7 @@ class FakeCluster:
         self.state = ClusterState(cluster=bus.cluster)
         self.records: list[EventRecord] = []
         self.histories = 0
+        self.restarts = 0
         self.statuses: dict[str, RunnerStatus] = {}
         self.runners: dict[str, FakeRunner] = {}
         self.models: tuple[str, ...] = (MODEL,)
@@ -226,7 +236,7 @@ class FakeCluster:
                 {MASTER_PLACE: self._place, MASTER_PREVIEW: self._preview, MASTER_DELETE: self._delete},
                 node=NODE,
             ),
-            await serve("node", {NODE_SNAPSHOT: self._snapshot}, node=NODE),
+            await serve("node", {NODE_SNAPSHOT: self._snapshot, NODE_RESTART: self._restart}, node=NODE),
             await serve("events", {EVENTS_HISTORY: self._history}),
         ]
         self._beats = asyncio.create_task(self._beat())
@@ -332,6 +342,10 @@ class FakeCluster:
         del call
         return Snapshot(node_id=NODE, state=self.state)
 
+    async def _restart(self, call: Call[RestartNode]) -> RestartReply:
+        self.restarts += 1
+        return RestartReply(command_id=call.message.command_id, node_id=NODE)
+
     async def _history(self, call: Call[HistoryRequest]) -> History:
         self.histories += 1
         wanted = [record for record in self.records if record.position.seq > call.message.since]
@@ -343,16 +357,17 @@ class FakeCluster:
         if self.refusal is not None:
             raise self.refusal
         instance_id = command.instance_id or f"new-{len(self.placed)}"
-        if self.decision.outcome == "placed":
-            await self.append(InstanceCreated(instance=Instance(instance_id=instance_id, request=command.request)))
-            await self.append(
-                InstanceAssigned(instance_id=instance_id, assignment=assignment(instance_id, node_id=NODE))
-            )
+        names = (instance_id, *(f"{instance_id}-{number}" for number in range(2, command.replicas + 1)))
+        for name in names if self.decision.outcome == "placed" else ():
+            await self.append(InstanceCreated(instance=Instance(instance_id=name, request=command.request)))
+            await self.append(InstanceAssigned(instance_id=name, assignment=assignment(name, node_id=NODE)))
         return PlacementReply(
             command_id=command.command_id,
             instance_id=instance_id,
+            instance_ids=names,
             decision=self.decision,
             position=self.state.position,
+            warnings=self.decision.warnings,
         )
 
     async def _preview(self, call: Call[PreviewPlacement]) -> PlacementDecision:

@@ -38,6 +38,7 @@ class StubRunning:
     node_id = "aaaa000000000001"
     nats_sub_line = "nats -s nats://127.0.0.1:4222 sub 'skulk.>'"
     placed: tuple[Any, ...] = ()
+    is_restarting = False
 
     def __init__(self) -> None:
         self.api_url = os.environ.get("STUB_API", "")
