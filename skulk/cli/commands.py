@@ -72,7 +72,7 @@ def _chat(parser: argparse.ArgumentParser) -> None:
 def _place(parser: argparse.ArgumentParser) -> None:
     _preview(parser)
     parser.add_argument(
-        "--replicas", metavar="N", type=_positive, default=1, help="how many instances to add (default: 1)"
+        "--replicas", metavar="N", type=_positive, default=1, help="how many instances to add, all or none (default: 1)"
     )
     parser.add_argument("--explain", action="store_true", help="say of every node why it was taken or not")
     parser.add_argument("--wait", action="store_true", help="return when they are ready")
@@ -91,6 +91,7 @@ def _preview(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context", metavar="N", type=_positive, help="window of one request, tokens (default: what fits)"
     )
+    parser.add_argument("--force", action="store_true", help="also where the memory doesn't suffice by the estimate")
 
 
 def _rm(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ import msgspec
 from skulk.cli.client import connect
 from skulk.cli.context import Context, note, print_json
 from skulk.cli.interruptible import run_interruptible
-from skulk.cli.placing import place, preview, wait_ready
+from skulk.cli.placing import Wish, place, preview, wait_ready
 from skulk.cli.preview import explain
 
 
@@ -20,22 +20,22 @@ def run(context: Context) -> int:
 
 async def _place(context: Context) -> int:
     given = context.arguments
-    placed: list[dict[str, object]] = []
+    wish = Wish(excluded=tuple(given.exclude), context_length=given.context, replicas=given.replicas, force=given.force)
+    row: dict[str, object] = {"model_id": given.model}
     async with connect(context.settings) as client:
-        for _ in range(given.replicas):
-            row: dict[str, object] = {"model_id": given.model}
-            if given.explain:
-                decision = await preview(client, given.model, excluded=given.exclude, context_length=given.context)
-                row["decision"] = msgspec.to_builtins(decision)
-                if not context.is_json:
-                    sys.stdout.write(explain(decision))
-            instance_id = await place(client, given.model, excluded=given.exclude, context_length=given.context)
-            placed.append({"instance_id": instance_id, **row})
+        if given.explain:
+            decision = await preview(client, given.model, wish)
+            row["decision"] = msgspec.to_builtins(decision)
             if not context.is_json:
-                # At once: what was placed must be known even if the next one can't be.
+                sys.stdout.write(explain(decision))
+        placed = await place(client, given.model, wish)
+        for warning in placed.warnings:
+            note(f"warning: {warning}")
+        if not context.is_json:
+            for instance_id in placed.instance_ids:
                 print(f"placed {instance_id} ({given.model})", flush=True)
         if given.wait:
-            await wait_ready(client, {str(row["instance_id"]) for row in placed}, note, all_of_them=True)
+            await wait_ready(client, placed.instance_ids, note, all_of_them=True)
     if context.is_json:
-        print_json(placed)
+        print_json([{"instance_id": instance_id, **row} for instance_id in placed.instance_ids])
     return 0

@@ -22,11 +22,32 @@ READY_TIMEOUT_S: Final = 3600.0
 FAILURE_S: Final = 3.0
 
 
+class Wish(msgspec.Struct, frozen=True, kw_only=True):
+    """How a model is to be placed.
+
+    Attributes:
+        excluded: nodes not to use, by id or name.
+        context_length: window of one request, tokens; None: what fits.
+        replicas: instances to add, all of them or none.
+        force: also where its memory doesn't suffice by the estimate.
+    """
+
+    excluded: tuple[str, ...] = ()
+    context_length: int | None = None
+    replicas: int = 1
+    force: bool = False
+
+
+AS_IT_FITS: Final = Wish()
+
+
 class Placed(msgspec.Struct, frozen=True, kw_only=True):
-    """Answer of ``POST /place_instance``."""
+    """Answer of ``POST /place_instance``; a gateway of an older version names one instance."""
 
     instance_id: str
     command_id: str = ""
+    instance_ids: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 class Previews(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,32 +56,36 @@ class Previews(msgspec.Struct, frozen=True, kw_only=True):
     decision: PlacementDecision
 
 
-async def preview(
-    client: ApiClient, model_id: str, *, excluded: list[str], context_length: int | None
-) -> PlacementDecision:
+async def preview(client: ApiClient, model_id: str, wish: Wish = AS_IT_FITS) -> PlacementDecision:
     """What placing the model would decide now.
 
     Raises:
         SkulkError: as `ApiClient.get`.
     """
-    query: dict[str, str | list[str]] = {"model_id": model_id, "excluded_node_ids": excluded}
-    if context_length is not None:
-        query["context_length"] = str(context_length)
+    query: dict[str, str | list[str]] = {"model_id": model_id, "excluded_node_ids": list(wish.excluded)}
+    if wish.context_length is not None:
+        query["context_length"] = str(wish.context_length)
+    if wish.force:
+        query["force"] = "1"
     return (await client.get("/instance/previews", Previews, query=query)).decision
 
 
-async def place(
-    client: ApiClient, model_id: str, *, excluded: list[str] | None = None, context_length: int | None = None
-) -> str:
-    """Adds one instance; returns its id.
+async def place(client: ApiClient, model_id: str, wish: Wish = AS_IT_FITS) -> Placed:
+    """Adds instances.
 
     Raises:
         SkulkError: as `ApiClient.post`; ``unplaceable``.
     """
-    body: dict[str, Any] = {"model_id": model_id, "excluded_nodes": excluded or []}
-    if context_length is not None:
-        body["context_length"] = context_length
-    return (await client.post("/place_instance", body, Placed, timeout_s=PLACE_TIMEOUT_S)).instance_id
+    body: dict[str, Any] = {"model_id": model_id, "excluded_nodes": list(wish.excluded)}
+    if wish.context_length is not None:
+        body["context_length"] = wish.context_length
+    # said only where they are meant: an older gateway refuses fields that it doesn't know
+    if wish.replicas > 1:
+        body["replicas"] = wish.replicas
+    if wish.force:
+        body["force"] = True
+    placed = await client.post("/place_instance", body, Placed, timeout_s=PLACE_TIMEOUT_S)
+    return placed if placed.instance_ids else msgspec.structs.replace(placed, instance_ids=(placed.instance_id,))
 
 
 async def ensure_ready(client: ApiClient, model_id: str, say: Callable[[str], object]) -> None:
@@ -75,7 +100,7 @@ async def ensure_ready(client: ApiClient, model_id: str, say: Callable[[str], ob
     instances = [row for row in await _instances(client) if row.model_id == model_id and row.state != "failed"]
     if not instances:
         say(f"placing {model_id}")
-        await wait_ready(client, {await place(client, model_id)}, say)
+        await wait_ready(client, (await place(client, model_id)).instance_ids, say)
         return
     await wait_ready(client, {row.instance_id for row in instances}, say)
 

@@ -9,7 +9,7 @@ import msgspec
 from skulk.cli.client import connect
 from skulk.cli.context import Column, Context, print_json, printable, render_table
 from skulk.cli.interruptible import run_interruptible
-from skulk.cli.placing import preview
+from skulk.cli.placing import Wish, preview
 from skulk.units import format_bytes
 from skulk.wire.placement import NodeReport, PlacementDecision
 
@@ -22,7 +22,8 @@ def run(context: Context) -> int:
 async def _preview(context: Context) -> int:
     given = context.arguments
     async with connect(context.settings) as client:
-        decision = await preview(client, given.model, excluded=given.exclude, context_length=given.context)
+        wish = Wish(excluded=tuple(given.exclude), context_length=given.context, force=given.force)
+        decision = await preview(client, given.model, wish)
     if context.is_json:
         print_json(msgspec.to_builtins(decision))
     else:
@@ -52,4 +53,4 @@ def _verdict(decision: PlacementDecision, report: NodeReport) -> str:
 
 
 def _why(report: NodeReport) -> str:
-    return report.detail or " ".join(f"{part}={value:g}" for part, value in report.score.items())
+    return report.detail or report.warning or " ".join(f"{part}={value:g}" for part, value in report.score.items())

@@ -129,7 +129,20 @@ def test_place_replicas(call: Call, gateway: fake.FakeGateway):
     answer = call("place", fake.MODEL, "--replicas", "3", "--json")
     ids = [row["instance_id"] for row in json.loads(answer.out)]
     assert len(set(ids)) == 3
-    assert gateway.lines == ["POST /place_instance"] * 3
+    assert gateway.lines == ["POST /place_instance"]
+    assert gateway.body_of("POST /place_instance")["replicas"] == 3
+
+
+def test_place_by_force_warns(call: Call, gateway: fake.FakeGateway):
+    gateway.warnings = ["attic: forced though memory need 44.4 GiB have 12.0 GiB"]
+    answer = call("place", fake.MODEL, "--force")
+    assert answer.status == 0
+    assert answer.out == f"placed {fake.INSTANCE} ({fake.MODEL})\n"
+    assert answer.err == "skulk: warning: attic: forced though memory need 44.4 GiB have 12.0 GiB\n"
+    assert gateway.body_of("POST /place_instance")["force"] is True
+    gateway.decision = fake.decision(reports=[fake.report(warning=gateway.warnings[0])])
+    assert gateway.warnings[0] in call("preview", fake.MODEL, "--force").out
+    assert ("force", "1") in gateway.requests[-1].query
 
 
 def test_place_explained(call: Call, gateway: fake.FakeGateway):
@@ -168,7 +181,6 @@ def test_waiting_ends_with_a_failure_that_stays_but_not_with_one_that_passes(cal
     failed = fake.placed_state("RunnerFailed", errorMessage="the file is cut short")
     gateway.states = [failed, fake.placed_state("RunnerLoading"), fake.placed_state()]
     assert call("place", fake.MODEL, "--wait").status == 0
-    gateway._placed = 0
     gateway.states = [failed]
     answer = call("place", fake.MODEL, "--wait")
     assert answer.status == 1

@@ -175,7 +175,7 @@ class FakeGateway:
         self.requests: list[Request] = []
         self.on_request: Callable[[Request], None] = lambda _: None
         self.url = ""
-        self._placed = 0
+        self.warnings: list[str] = []
         self._thread = threading.Thread(target=self._run, name="fake-gateway")
         self._started = threading.Event()
 
@@ -254,11 +254,11 @@ class FakeGateway:
         return web.json_response({"previews": [], "decision": self.decision})
 
     async def _place(self, request: web.Request) -> web.Response:
-        ids = [INSTANCE, *(f"{number}{INSTANCE[1:]}" for number in range(2, 10))]
-        self._placed += 1
-        card = {"modelId": (await request.json())["model_id"]}
-        told = {"message": "Command received.", "command_id": "c1", "model_card": card}
-        return web.json_response({**told, "instance_id": ids[self._placed - 1]})
+        body = await request.json()
+        ids = [INSTANCE, *(f"{number}{INSTANCE[1:]}" for number in range(2, 10))][: body.get("replicas", 1)]
+        told = {"message": "Command received.", "command_id": "c1", "model_card": {"modelId": body["model_id"]}}
+        more = {"instance_ids": ids, "decision": self.decision, "warnings": self.warnings}
+        return web.json_response({**told, "instance_id": ids[0], **more})
 
     async def _delete(self, request: web.Request) -> web.Response:
         told = {"message": "Command received.", "command_id": "c1", "instance_id": request.match_info["id"]}
