@@ -5,6 +5,7 @@ master    0.5     1.5          the pre-vote begins
 node      1.0     3.0          suspect
                   5.0          lost (2.0 when its routes closed too)
 runner    0.5     2.5          its streams are dead
+          1.0     10.0         it hangs: its node kills it
 gateway   1.0     5.0          its requests are cancelled by the runners
 """
 
@@ -19,6 +20,8 @@ NODE_SUSPECT_S: Final = 3.0
 NODE_LOST_S: Final = 5.0
 STREAM_ALIVE_S: Final = 0.5
 STREAM_DEAD_S: Final = 2.5
+RUNNER_STATUS_S: Final = 1.0
+RUNNER_SILENT_S: Final = 10.0
 GATEWAY_BEAT_S: Final = 1.0
 GATEWAY_SILENT_S: Final = 5.0
 CHUNKS_KEPT_S: Final = 30.0

@@ -51,7 +51,7 @@ async def health(request: web.Request) -> web.Response:
 
 
 async def ready(request: web.Request) -> web.Response:
-    """``GET /ready``: whether it can serve: 200 while the bus is connected and a master leads, else 503 with what is missing."""
+    """``GET /ready``: whether it serves: 200 while the bus is connected and a master leads, else 503."""
     missing: list[str] = []
     if request.app[BUS].state != "connected":
         missing.append("bus")

@@ -21,6 +21,7 @@ import msgspec
 from skulk.bus.port import Bus
 from skulk.bus.subjects import RUNNER_STATUS
 from skulk.clock import Clock
+from skulk.cluster.liveness import RUNNER_SILENT_S, RUNNER_STATUS_S
 from skulk.cluster.reconcile import Wanted, difference
 from skulk.errors import ServiceError, SkulkError, UnavailableError
 from skulk.placement.admission import OwnFacts, admit
@@ -53,6 +54,10 @@ class RunnerProcess(Protocol):
 
     async def stop(self) -> None:
         """Drains and ends it; returns when it is gone."""
+        ...
+
+    def kill(self, reason: str) -> None:
+        """Ends the process that serves now, at once; it is started again as after a crash."""
         ...
 
 
@@ -99,7 +104,12 @@ class Host(Protocol):
 
 
 class _Runner:
-    """One runner that is, or was to be, here. ``is_over``: it isn't started any more."""
+    """One runner that is, or was to be, here.
+
+    Attributes:
+        is_over: it isn't started any more.
+        heard_at: when its present process last spoke; None: it hasn't yet.
+    """
 
     def __init__(self, wanted: Wanted, status: RunnerStatus) -> None:
         self.wanted = wanted
@@ -108,6 +118,7 @@ class _Runner:
         self.task: asyncio.Task[None] | None = None
         self.is_stopping = False
         self.is_over = False
+        self.heard_at: float | None = None
 
 
 class Hosting:
@@ -116,9 +127,11 @@ class Hosting:
     Args:
         node_id: this node.
         host: weights, memory and processes of this machine.
+        silent_s: a runner that said something and then nothing for so long is killed.
     """
 
-    def __init__(self, bus: Bus, clock: Clock, node_id: str, host: Host) -> None:
+    def __init__(self, bus: Bus, clock: Clock, node_id: str, host: Host, *, silent_s: float = RUNNER_SILENT_S) -> None:
+        self._silent_s = silent_s
         self._bus = bus
         self._clock = clock
         self._node_id = node_id
@@ -152,18 +165,21 @@ class Hosting:
         if runner is None or runner.process is None or runner.is_stopping or runner.is_over:
             return
         if status.restarts == runner.status.restarts:
+            runner.heard_at = self._clock.now()
             runner.status = msgspec.structs.replace(status, since=max(status.since, runner.status.since))
 
     async def run(self) -> None:
         """Starts and stops runners until cancelled; then stops all of them."""
         async with asyncio.TaskGroup() as tasks:
             publisher = tasks.create_task(self._publish(), name="runner-statuses")
+            watch = tasks.create_task(self._watch(), name="runner-watch")
             try:
                 while True:
                     self._reconcile(tasks)
                     await self._changed.wait()
                     self._changed.clear()
             finally:
+                watch.cancel()
                 await self._stop_all()
                 publisher.cancel()
 
@@ -255,6 +271,32 @@ class Hosting:
             if (runner := self._runners.get(name)) is not None:
                 runner.status = msgspec.structs.replace(runner.status, memory_bytes=size)
 
+    async def _watch(self) -> None:
+        """Kills what has fallen silent: a process that hangs as a whole can't say so."""
+        looked_at = self._clock.now()
+        while True:
+            await asyncio.sleep(RUNNER_STATUS_S)
+            now = self._clock.now()
+            # silence counts while this process runs on time and hears the bus
+            is_deaf = now - looked_at > 2 * RUNNER_STATUS_S or self._bus.state != "connected"
+            looked_at = now
+            for runner in self._runners.values():
+                if runner.heard_at is None or runner.is_stopping or runner.is_over:
+                    continue
+                if is_deaf:
+                    runner.heard_at = now
+                elif now - runner.heard_at > self._silent_s:
+                    self._hangs(runner, now - runner.heard_at)
+
+    def _hangs(self, runner: _Runner, silent_s: float) -> None:
+        runner.heard_at = None
+        if runner.process is None or runner.process.pid is None:
+            return
+        detail = f"its process has said nothing for {silent_s:.0f} s: it hangs and is started anew"
+        log.error("runner %s: %s", runner.status.runner_id, detail)
+        self._tell(runner, "failed", lost_process(detail))
+        runner.process.kill(detail)
+
     def _exited(self, runner: _Runner, report: ProcessReport) -> None:
         if runner.is_stopping:
             return
@@ -262,6 +304,7 @@ class Hosting:
         kept = runner.status
         runner.status = msgspec.structs.replace(kept, restarts=report.restarts)
         runner.is_over = report.is_final
+        runner.heard_at = None
         # its own word, where it had one, says more than its exit status
         own = kept.error if kept.phase == "failed" and not report.is_final else None
         if report.is_final and report.error.code == "backend_faulty":

@@ -37,6 +37,7 @@ from skulk.errors import ServiceError, SkulkError, UnavailableError
 from skulk.placement.prefixes import filter_of
 from skulk.runner.embedding import EmbedDesk
 from skulk.runner.engine_thread import EngineThread, Load
+from skulk.runner.hang import StepWatch
 from skulk.runner.preparing import Preparer
 from skulk.runner.reports import (
     Add,
@@ -96,6 +97,7 @@ class Runner:
         self._on_refused = on_refused
         self.status = StatusBoard(bus, spec, clock)
         self._outbox = Outbox(bus, spec.runner_id, clock)
+        self._watch = StepWatch(spec.step_timeout_s)
         self._table = RequestTable()
         self._preparer = Preparer(clock, spec.request_timeout_s)
         self._loop = asyncio.get_running_loop()
@@ -265,6 +267,7 @@ class Runner:
             if self._is_idle:
                 # Its age counts from now: before there was nothing to compute.
                 self._outbox.step_finished(self._clock.now())
+                self._watch.finished(self._clock.now())
             request.state = "computing"
             self._thread.submit(Add(admitted))
         else:
@@ -337,6 +340,7 @@ class Runner:
                     self.status.note(prefixes=filter_of(held))
                 self._note_load()
             case Vectors():
+                self._watch.finished(self._clock.now())
                 self._desk.took(report)
             case Failed(error, outputs):
                 for output in outputs:
@@ -483,6 +487,24 @@ class Runner:
                 for request in self._table.attempts(request_id):
                     self._end(request, StreamEnd(reason="cancelled"))
             self._table.forget_old(now)
+            age_s = self._watch.look(now, has_work=self._has_engine_work)
+            if age_s is not None:
+                self._hangs(age_s)
+
+    @property
+    def _has_engine_work(self) -> bool:
+        return bool(self._desk.open_calls) or any(
+            request.state == "computing" for request in self._table.open_requests()
+        )
+
+    def _hangs(self, age_s: float) -> None:
+        """The engine won't come back: this process ends with it inside, and its supervisor starts another."""
+        self._is_stuck = True
+        detail = (
+            f"a step of the engine has taken {age_s:.0f} s, more than {self._watch.limit_s:.0f} s: it hangs and the "
+            "runner is started anew; where steps really take so long, raise SKULK_STEP_TIMEOUT_S"
+        )
+        self._failed(ServiceError("runner_failed", detail), EXIT_FAILED)
 
 
 async def _cancelled(*tasks: asyncio.Task[Any]) -> None:

@@ -16,6 +16,7 @@ import msgspec
 from skulk.bus.port import Bus
 from skulk.bus.subjects import RUNNER_STATUS
 from skulk.clock import Clock
+from skulk.cluster.liveness import RUNNER_STATUS_S
 from skulk.errors import SkulkError, UnavailableError
 from skulk.telemetry import MemoryWatch, process_memory
 from skulk.units import format_bytes
@@ -23,7 +24,6 @@ from skulk.wire.base import ErrorBody
 from skulk.wire.beats import RunnerPhase, RunnerStatus
 from skulk.wire.runner import RunnerSpec
 
-STATUS_EVERY_S: Final = 1.0
 STATUS_PAUSE_S: Final = 0.25
 # The kernel walks all pages of the process to tell it.
 MEMORY_EVERY_S: Final = 5.0
@@ -94,7 +94,7 @@ class StatusBoard:
             await self._measure()
             await self.publish()
             await self._weigh()
-            await _within(self._changed, STATUS_EVERY_S)
+            await _within(self._changed, RUNNER_STATUS_S)
             await _within(self._phase_changed, STATUS_PAUSE_S)
 
     async def _measure(self) -> None:

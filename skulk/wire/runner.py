@@ -68,7 +68,7 @@ class RunnerSpec(Wire, frozen=True, kw_only=True):
         sampling: the card's, for requests that don't say.
         max_waiting: sequences that may wait for a slot; beyond it requests are refused with ``overloaded``.
         request_timeout_s: deadline of a request that names none.
-        step_timeout_s: the longest step that the supervisor will bear; told here for the runner's log.
+        step_timeout_s: the longest step that is borne; a longer one is a hang and ends the runner.
         drain_timeout_s: how long running streams may go on after a polite stop.
     """
 

@@ -95,6 +95,18 @@ async def test_a_hanging_step_shows_as_age_and_cannot_hold_a_stop(server: NatsSe
         assert (await asyncio.wait_for(child.exited, 30.0)).returncode == 0
 
 
+async def test_a_step_beyond_its_limit_is_a_hang_and_ends_the_runner(server: NatsServer, tmp_path: Path) -> None:
+    spec = fake_spec(tmp_path, server, FakeOptions(hang_at_step=3), step_timeout_s=1.0)
+    async with gateway_on(server) as gateway, running(spec) as child:
+        stream = await (await gateway.generate(generate_of())).finish()
+        assert stream.error_code == "runner_failed"
+        assert len(stream.tokens) == 2
+        assert (await asyncio.wait_for(child.exited, 30.0)).returncode == EXIT_FAILED
+        status = await gateway.statuses.until(lambda status: status.phase == "failed")
+        assert status.error is not None
+        assert "SKULK_STEP_TIMEOUT_S" in status.error.detail
+
+
 async def test_a_dead_parent_takes_its_runner_with_it(server: NatsServer, tmp_path: Path) -> None:
     """Without the kernel's help (a plain parent, no supervision): the end of stdin is enough, even in a stream."""
     line = encode(fake_spec(tmp_path, server, FakeOptions(step_s=0.05, answer_tokens=900)))

@@ -42,6 +42,7 @@ class FakeProcess:
         self.stopped = asyncio.Event()
         self.defect = defect
         self.stop_defect: Exception | None = None
+        self.killed = ""
 
     @property
     def pid(self) -> int | None:
@@ -57,6 +58,9 @@ class FakeProcess:
         if self.stop_defect is not None:
             raise self.stop_defect
         self.stopped.set()
+
+    def kill(self, reason: str) -> None:
+        self.killed = reason
 
 
 class FakeMachine:

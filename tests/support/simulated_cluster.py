@@ -300,11 +300,8 @@ class SimulatedCluster:
         life = self.lives.get(name)
         if life is None or self.clones or len(life.replica.view.known) < len(self.clocks):
             return False
-        far = sum(
-            1
-            for other in self.clocks
-            if self.now() - self._apart_since.get(frozenset((name, other)), self.now()) >= 6.0
-        )
+        # looked at anew: what is noted was seen at the last tick, and a node may have come back since
+        far = sum(1 for pair in self._pairs_apart(name) if self.now() - self._apart_since.get(pair, self.now()) >= 6.0)
         return 2 * (len(self.clocks) - far) < len(self.clocks)
 
     def check(self) -> None:

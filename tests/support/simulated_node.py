@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,9 @@ class Process:
             await asyncio.sleep(self._machine.dice.uniform(0.0, 1.5))
         self._stopped.set()
 
+    def kill(self, reason: str) -> None:
+        raise AssertionError(f"nobody hangs here: {reason}")
+
 
 class Machine:
     """Memory, weights and processes. ``refuses``: downloads fail here; ``is_off``: it has no power any more."""
@@ -162,7 +166,8 @@ class Life:
     def _build(self, hub: MemoryHub, clock: VirtualClock, disk: Disk) -> None:
         self.bus = MemoryBus(hub, cluster="test", name=self.name, clock=clock)
         self.replica = Replica(self.bus, clock, disk.load(), keeps=True)
-        self.hosting = Hosting(self.bus, clock, self.node_id, self.machine)
+        # its runners speak only when they change
+        self.hosting = Hosting(self.bus, clock, self.node_id, self.machine, silent_s=math.inf)
         self.machine.on_ready = self._runner_ready
         self.master = Master(
             self.bus, self.replica, clock, node_id=self.node_id, incarnation=self.incarnation, patience_s=1.5

@@ -28,9 +28,11 @@ ONE = state_of(instance(assigned=ASSIGNED))
 class Hosted:
     """Hosting over a scripted machine; `until` waits for what it tells."""
 
-    def __init__(self, bus: MemoryBus, machine: FakeMachine) -> None:
+    def __init__(self, bus: MemoryBus, machine: FakeMachine, silent_s: float) -> None:
+        self.bus = bus
+        self.hub = bus.memory.hub
         self.machine = machine
-        self.hosting = Hosting(bus, bus.clock, "aaaa", machine)
+        self.hosting = Hosting(bus, bus.clock, "aaaa", machine, silent_s=silent_s)
         self.told: list[RunnerStatus] = []
         self._came = asyncio.Event()
 
@@ -58,9 +60,9 @@ class Hosted:
 
 
 @asynccontextmanager
-async def hosted(machine: FakeMachine | None = None) -> AsyncGenerator[Hosted]:
+async def hosted(machine: FakeMachine | None = None, silent_s: float = 60.0) -> AsyncGenerator[Hosted]:
     bus = MemoryBus(MemoryHub(), cluster="test", name="aaaa")
-    found = Hosted(bus, machine or FakeMachine())
+    found = Hosted(bus, machine or FakeMachine(), silent_s)
     await bus.subscribe(RUNNER_STATUS, lambda received: found.hear(received.message))
     task = asyncio.create_task(found.hosting.run(), name="hosting")
     try:
@@ -250,3 +252,38 @@ async def test_other_final_failures_quarantine_nothing() -> None:
         found.machine.processes[RUNNER].on_exit(ProcessReport(error=error, restarts=5, is_final=True))
         await found.until("failed")
         assert found.machine.quarantined == {}
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The node looks often, so that silence is short."""
+    monkeypatch.setattr("skulk.node.hosting.RUNNER_STATUS_S", 0.02)
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_a_runner_that_falls_silent_is_killed_with_the_reason_and_comes_back() -> None:
+    async with hosted(silent_s=0.1) as node:
+        await node.accepted()
+        process = node.machine.processes[RUNNER]
+        await asyncio.sleep(0.2)
+        assert process.killed == "", "it has not spoken yet: a long load is no silence"
+        node.hosting.heard(word("ready"))
+        told = await node.until("failed")
+        assert told.error is not None and "has said nothing for" in told.error.detail
+        assert process.killed == told.error.detail
+        # the supervisor says how the process ended; the reason is the one that was known before
+        process.on_exit(ProcessReport(error=lost_process("killed by SIGKILL"), restarts=1, is_final=False))
+        assert node.now.error == told.error
+        node.hosting.heard(word("ready", restarts=1))
+        assert node.now.phase == "ready"
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_no_silence_counts_while_the_bus_is_away() -> None:
+    async with hosted(silent_s=0.1) as node:
+        await node.accepted()
+        node.hosting.heard(word("ready"))
+        node.hub.disconnect(node.bus)
+        await asyncio.sleep(0.3)
+        assert node.machine.processes[RUNNER].killed == ""
+        assert node.now.phase == "ready"
