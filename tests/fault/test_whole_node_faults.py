@@ -153,18 +153,24 @@ async def test_what_is_killed_comes_back_and_tells_the_truth(node: WholeNode) ->
             await asyncio.sleep(0.2)
 
 
-async def test_a_gateway_that_hangs_is_replaced(node: WholeNode) -> None:
-    url, stopped = node.url, node.children()["gateway"]
-    os.kill(stopped, signal.SIGSTOP)
+async def test_a_gateway_and_a_runner_that_hang_are_replaced(node: WholeNode) -> None:
+    expected, url, children = await answer_of(node), node.url, node.children()
+    for name in ("gateway", "runner"):
+        os.kill(children[name], signal.SIGSTOP)
     async with asyncio.timeout(40.0):
-        await node.wait_replaced("gateway", stopped)
+        await node.wait_replaced("gateway", children["gateway"])
         while True:
             with contextlib.suppress(aiohttp.ClientError, TimeoutError):
                 async with asyncio.timeout(2.0):
                     assert (await node.call("GET", "/health"))[0] == 200
                 break
             await asyncio.sleep(0.2)
+        await node.wait_replaced("runner", children["runner"])
     assert node.url == url
+    await node.wait_ready()
+    (runner,) = (await node.call("GET", "/v1/diagnostics/node"))[1]["supervisorRunners"]
+    assert (runner["statusKind"], runner["restarts"]) == ("RunnerReady", 1)
+    assert await answer_of(node) == expected
 
 
 async def test_hostile_files_are_told_and_the_rest_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
