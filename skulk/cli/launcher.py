@@ -41,6 +41,7 @@ from skulk.node.measuring import MachineMeter
 from skulk.node.node import Node, NodeRoles
 from skulk.node.processes import BusAddress, LocalMachine
 from skulk.node.quarantine import Quarantine
+from skulk.node.speeds import SpeedBook
 from skulk.node.storage import StateFile, load_state, state_date
 from skulk.node.storehouse import Storehouse
 from skulk.settings import Settings
@@ -332,6 +333,7 @@ class _Launcher:
             unreachable=lambda: master.unreachable,
             restart=self._running.restart,
             master_heard_at=state_date(self._home),
+            speeds=SpeedBook(self._home),
         )
         self._master = master
         if self._mesh is not None:

@@ -27,7 +27,7 @@ from skulk.errors import ServiceError, SkulkError, UnavailableError
 from skulk.placement.admission import OwnFacts, admit
 from skulk.placement.rooms import is_on_cpu, reserved_bytes
 from skulk.wire.base import ErrorBody
-from skulk.wire.beats import RunnerPhase, RunnerStatus
+from skulk.wire.beats import MeasuredSpeed, RunnerPhase, RunnerStatus
 
 log = logging.getLogger("skulk.node")
 
@@ -144,6 +144,18 @@ class Hosting:
     def statuses(self) -> tuple[RunnerStatus, ...]:
         """The status of every runner that is here, by id."""
         return tuple(self._runners[name].status for name in sorted(self._runners))
+
+    def speeds(self) -> tuple[MeasuredSpeed, ...]:
+        """What the runners that are ready were measured to do."""
+        return tuple(
+            MeasuredSpeed(
+                backend=runner.wanted.assignment.backend,
+                weights_bytes=runner.wanted.instance.request.card.weights_bytes,
+                decode_tps=runner.status.decode_tps,
+            )
+            for runner in self._runners.values()
+            if runner.status.phase == "ready" and runner.status.decode_tps > 0.0
+        )
 
     def pids(self) -> dict[str, int]:
         """The process ids of the runners that have a process now."""

@@ -19,10 +19,20 @@ from skulk.cluster.view import ClusterView
 from skulk.errors import RequestError, SkulkError
 from skulk.node.hosting import Hosting
 from skulk.node.identity import NodeIdentity
+from skulk.node.speeds import SpeedBook
 from skulk.node.storage import TOUCH_S, StateFile
 from skulk.node.twins import Twins
 from skulk.wire.base import PROTOCOL
-from skulk.wire.beats import DiskFacts, EngineFacts, HealthReason, MemoryFacts, NodeBeat, Role, SystemFacts
+from skulk.wire.beats import (
+    DiskFacts,
+    EngineFacts,
+    HealthReason,
+    MeasuredSpeed,
+    MemoryFacts,
+    NodeBeat,
+    Role,
+    SystemFacts,
+)
 from skulk.wire.commands import History, HistoryRequest, RestartNode, RestartReply, Snapshot, SnapshotRequest
 from skulk.wire.model import HeldModel
 from skulk.wire.state import ClusterState
@@ -88,6 +98,7 @@ class Node:
         roles: asked at each beat, for addresses are known only after the start.
         restart: has the whole node stop in order and start again.
         unreachable: the master that others hear and this node doesn't; empty where there is none.
+        speeds: how fast its runners were, over restarts.
         master_heard_at: when a master was last heard before this start, seconds since the epoch; None: never.
     """
 
@@ -106,7 +117,9 @@ class Node:
         unreachable: Callable[[], str] = lambda: "",
         restart: Callable[[], None] = lambda: None,
         master_heard_at: float | None = None,
+        speeds: SpeedBook | None = None,
     ) -> None:
+        self._speeds = speeds
         self._unreachable = unreachable
         self._restart = restart
         self._master_heard_at = clock.wall() if master_heard_at is None else master_heard_at
@@ -223,7 +236,16 @@ class Node:
             downloads=roles.downloads,
             unmerged=self._replica.is_unmerged,
             engine=measured.engine,
+            speeds=self._speeds_told(),
         )
+
+    def _speeds_told(self) -> tuple[MeasuredSpeed, ...]:
+        if self._speeds is None:
+            return ()
+        for speed in self._hosting.speeds():
+            self._speeds.note(speed)
+        self._speeds.save(self._clock.now())
+        return self._speeds.told
 
     def _cut_off(self) -> tuple[HealthReason, ...]:
         master = self._unreachable()

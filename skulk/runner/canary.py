@@ -33,14 +33,17 @@ class RecordFile(msgspec.Struct, frozen=True, kw_only=True):
     record: CanaryRecord
 
 
-def listen_to(engine: Engine, spec: RunnerSpec) -> None:
+def listen_to(engine: Engine, spec: RunnerSpec) -> float:
     """Returns where the engine is fit to serve. Blocks for some steps; engine thread.
+
+    Returns:
+        tokens that it drew a second for one sequence; 0.0: not measured.
 
     Raises:
         ServiceError: ``backend_faulty``: it isn't, with the reason; ``runner_failed``: it can't compute.
     """
     if engine.info.pooling:
-        return  # it draws no tokens, so it has no text to recite
+        return 0.0  # it draws no tokens, so it has no text to recite
     path = record_path(engine, spec)
     record = None if path is None else _read(path)
     recital = engine.recite(PROMPT, TOKENS, () if record is None else record.tokens)
@@ -57,6 +60,7 @@ def listen_to(engine: Engine, spec: RunnerSpec) -> None:
             path,
             RecordFile(backend=spec.load.backend, model_id=spec.model_id, version=engine.info.version, record=after),
         )
+    return 1.0 / recital.step_s if recital.step_s else 0.0
 
 
 def record_path(engine: Engine, spec: RunnerSpec) -> Path | None:

@@ -100,14 +100,15 @@ async def serve(spec: RunnerSpec, parent: int) -> int:
     def load(progress: Progress) -> Engine:
         engine = loader_for(spec.load.backend)(load_spec(spec), progress)
         try:
-            listen_to(engine, spec)
+            tps = listen_to(engine, spec)
+            loop.call_soon_threadsafe(lambda: runner.status.note(decode_tps=round(tps, 2)))
         except BaseException:
             engine.close()
             raise
         return engine
 
-    runner = Runner(spec, bus, SystemClock(), load, on_ready=_announce_ready, on_refused=_announce_refusal)
     loop = asyncio.get_running_loop()
+    runner = Runner(spec, bus, SystemClock(), load, on_ready=_announce_ready, on_refused=_announce_refusal)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, runner.stop)
     following = asyncio.create_task(_follow_parent(runner, parent), name="follow the parent")
