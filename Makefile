@@ -14,7 +14,7 @@ SEEDS ?= 2000
 UP    ?= --local --place $(MODEL) --greet
 
 .DEFAULT_GOAL := help
-.PHONY: help up setup dev test test-engine test-failover test-mesh test-vulkan lint format coverage fuzz lock clean python simulate simulate-mutants
+.PHONY: help up setup dev test test-engine test-failover test-faults test-mesh test-vulkan lint format coverage fuzz lock clean python simulate simulate-mutants
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ test-engine: dev ## compare the engine's answers with and without reuse on the w
 
 test-failover: dev ## kill a runner, and a node, at every token of an answer, real model included (half an hour; no part of `test`)
 	@$(BIN)/python -m pytest -q tests/exhaustive/test_failover_whole.py
+
+test-faults: dev ## whole nodes through a standstill, a restart of all and a split network (minutes; as root; no part of `test`)
+	@$(BIN)/python -m pytest -q -rs tests/exhaustive/test_cluster_whole.py tests/mesh
 
 lint: dev ## check style, format, types, imports and tidiness
 	$(BIN)/ruff check
