@@ -1,7 +1,8 @@
 """The queues before the runners, one a model: requests wait here for their turn, and go on in the order of `turns`.
 
 What is let through is a little more than the runners have slots, so that none of them stands idle; what waits here can
-still be weighed by key and priority. All of it is bounded: a queue by `WAITING` a replica, the wait by the caller.
+still be weighed by key and priority. All of it is bounded: a queue by `WAITING_A_SLOT`, so that nobody waits
+for more than a few answers of others, the wait by the caller.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from skulk.gateway.run import Generation
 from skulk.gateway.turns import Ticket, Turns, enter, leave, turn, without
 from skulk.wire.state import Instance
 
-WAITING: Final = 64
+WAITING_A_SLOT: Final = 4
 MOST_WAITING: Final = 1024
 _NEW_SHARE: Final = 0.2
 _MAX_RETRY_S: Final = 60.0
@@ -40,7 +41,6 @@ class ModelQueue:
         self._called: dict[int, asyncio.Future[None]] = {}
         self._took_s = 0.0
         self.window = 1
-        self.replicas = 1
 
     @property
     def waiting(self) -> int:
@@ -51,9 +51,9 @@ class ModelQueue:
     def is_empty(self) -> bool:
         return not self._turns.working and not self._turns.waiting
 
-    def resize(self, window: int, replicas: int) -> None:
+    def resize(self, window: int) -> None:
         """There are so many slots now."""
-        self.window, self.replicas = max(1, window), max(1, replicas)
+        self.window = max(1, window)
         self._call()
 
     async def enter(self, ticket: Ticket, wait_s: float) -> None:
@@ -62,7 +62,7 @@ class ModelQueue:
         Raises:
             UnavailableError: ``overloaded``: the queue is full, another key's turn came before, or the wait was long.
         """
-        limit = min(WAITING * self.replicas, MOST_WAITING)
+        limit = min(WAITING_A_SLOT * self.window, MOST_WAITING)
         entered = enter(self._turns, ticket, window=self.window, limit=limit)
         self._turns = entered.turns
         if entered.outcome == "goes":
@@ -136,7 +136,7 @@ class Queues:
         """A model's ready instances changed."""
         queue = self._queues.get(model_id)
         if queue is not None:
-            queue.resize(window_of(ready), len(ready))
+            queue.resize(window_of(ready))
 
     @asynccontextmanager
     async def turn(self, generation: Generation, ready: tuple[Instance, ...], wait_s: float) -> AsyncGenerator[None]:
@@ -147,7 +147,7 @@ class Queues:
         """
         model_id = generation.model_id
         queue = self._queues.setdefault(model_id, ModelQueue(self._clock))
-        queue.resize(window_of(ready), len(ready))
+        queue.resize(window_of(ready))
         ticket = Ticket(
             number=next(self._numbers), key=generation.key, priority=generation.priority, weight=generation.n
         )
