@@ -179,6 +179,7 @@ class Fitter:
         self._most_kv: Final = max(KV_FREE, KV_WEIGHTS * card.weights_bytes) if is_capped else _NO_END
         self.most: Final = largest_context(card, asked)
         self._least: Final = min(smallest_context(card, None), self.most)
+        self._least_cells: Final = round_up(self._least)
         self._needs: dict[tuple[int, str, bool, int], _Need] = {}
         wide = card.kv_bytes_per_token - card.window_kv_bytes_per_token
         # of the largest context, by the smallest type of cache there is
@@ -217,7 +218,7 @@ class Fitter:
         if room_bytes < need.least_bytes:
             return None
         most = self._most_unified(need, room_bytes, n_parallel, backend, engine)
-        if most < round_up(self._least):
+        if most < self._least_cells:
             return None
         context = min(most, self.most)
         share = min(room_bytes // KV_SHARE, self._most_kv)
