@@ -166,7 +166,9 @@ class Leader:
         decision = await self._decide(request)
         if decision.outcome == "pending":
             raise UnavailableError("facts_pending", decision.reason, retry_after_s=5)
-        if decision.outcome == "unplaceable" and await self._retiring.make_room(request):
+        # room that idle models can make goes before force
+        is_short = decision.outcome == "unplaceable" or bool(decision.warnings)
+        if is_short and await self._retiring.make_room(msgspec.structs.replace(request, force=False)):
             decision = self.preview(request)
         if decision.outcome == "unplaceable" and not _stays_pending(command):
             raise RequestError("unplaceable", decision.reason)
