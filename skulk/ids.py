@@ -43,6 +43,11 @@ def commanded_instance_id(command_id: str) -> str:
     return str(uuid.uuid5(_COMMANDED, command_id))
 
 
+def is_commanded(instance_id: str, command_id: str) -> bool:
+    """Whether an instance has its id from this command: then nothing else ever has it."""
+    return instance_id == commanded_instance_id(command_id)
+
+
 def runner_id(instance_id: str, epoch: int) -> str:
     """The runner that serves one assignment of an instance."""
     assert epoch > 0

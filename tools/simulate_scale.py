@@ -4,8 +4,9 @@
     tools/simulate_scale.py --nodes 100 300      these sizes
 
 Per size: a node's beat taken into the view (decoding included), a runner's status, an event folded with the hash of the
-state taken, a placement, a look of the upkeep, a snapshot encoded and decoded, a round's merge; and the memory that
-state and view take. "beats/s" is how many beats one core takes in each second; a cluster of n nodes sends n.
+state taken, a placement, a look of the upkeep (at rest, and after an event), a snapshot encoded and decoded, a round's
+merge with another node's state; and the memory that state and view take. "beats/s" is how many beats one core takes in
+each second; a cluster of n nodes sends n.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class Row(NamedTuple):
     fold_us: float
     place_us: float
     upkeep_us: float
+    change_us: float
     snapshot_us: float
     merge_us: float
     memory_mib: float
@@ -85,14 +87,15 @@ def main(arguments: list[str]) -> int:
     flags = parser.parse_args(arguments)
     rows = [measure(nodes, flags.per_node) for nodes in flags.nodes]
     print(
-        "| nodes | instances | beat us | beats/s | status us | fold us | place ms | upkeep ms | snapshot ms | merge ms "
-        "| MiB |"
+        "| nodes | instances | beat us | beats/s | status us | fold us | place ms | upkeep ms | changed ms "
+        "| snapshot ms | merge ms | MiB |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         print(
             f"| {row.nodes:,} | {row.instances:,} | {row.beat_us:,.0f} | {row.beats_per_s:,.0f} | {row.status_us:,.0f} "
             f"| {row.fold_us:,.0f} | {row.place_us / 1e3:.2f} | {row.upkeep_us / 1e3:.2f} "
+            f"| {row.change_us / 1e3:.2f} "
             f"| {row.snapshot_us / 1e3:.1f} | {row.merge_us / 1e3:.1f} | {row.memory_mib:.1f} |"
         )
     if len(rows) > 1:
@@ -104,7 +107,7 @@ def print_growth(first: Row, last: Row) -> None:
     """How each figure grew beside the number of nodes."""
     times = last.nodes / first.nodes
     print(f"\nFrom {first.nodes:,} to {last.nodes:,} nodes ({times:,.0f} times) the time of one step grew")
-    for name in ("beat_us", "status_us", "fold_us", "place_us", "upkeep_us", "snapshot_us", "merge_us", "memory_mib"):
+    for name in Row._fields[2:]:
         grown = getattr(last, name) / getattr(first, name)
         print(f"  {name:12} {grown:8.1f} times{'' if grown <= times * 1.1 else '   more than linear'}")
 
@@ -121,7 +124,9 @@ def measure(nodes: int, per_node: int) -> Row:
     told = encode(next(iter(view.nodes.values())).beat)
     status = next(iter(view.runners.values()))
     request = PlacementRequest(card=CARD, context_length=2048, n_parallel=1)
-    older = msgspec.structs.replace(state, position=Position(term=TERM, seq=1))
+    # another node's: nothing in it is the same object
+    other = msgspec.structs.replace(decode(body, ClusterState), position=Position(term=TERM, seq=1))
+    upkeep = with_missing(Upkeep(), view, 1.0)
     record = EventRecord(
         position=Position(term=TERM, seq=state.position.seq + 1),
         at=0.0,
@@ -136,18 +141,23 @@ def measure(nodes: int, per_node: int) -> Row:
         status_us=timed(lambda: with_runner_status(view, status)),
         fold_us=timed(lambda: hashes.of(fold(state, record))),
         place_us=timed(lambda: place(view, request, 1.0)),
-        upkeep_us=timed(lambda: looked(view)),
+        upkeep_us=timed(lambda: looked(upkeep, view)),
+        change_us=timed(lambda: looked(Upkeep(heard=upkeep.heard), with_state(view, same(state)))),
         snapshot_us=timed(lambda: decode(encode(state), ClusterState)),
-        merge_us=timed(lambda: merge(state, older)),
+        merge_us=timed(lambda: merge(state, other)),
         memory_mib=memory_mib,
         snapshot_mib=len(body) / MIB,
     )
 
 
-def looked(view: ClusterView) -> object:
+def looked(upkeep: Upkeep, view: ClusterView) -> object:
     """One look of the upkeep, which finds nothing to do."""
-    upkeep = with_missing(Upkeep(), view, 1.0)
-    return next_event(upkeep, with_state(view, view.state), 1.0, 0.0, Rules())
+    return next_event(with_missing(upkeep, view, 1.0), with_state(view, view.state), 1.0, 0.0, Rules())
+
+
+def same(state: ClusterState) -> ClusterState:
+    """An equal state that is another object, as each event makes one."""
+    return msgspec.structs.replace(state)
 
 
 def timed(step: Callable[[], object]) -> float:

@@ -126,8 +126,17 @@ class Replica:
         self._master_callbacks.append(callback)
         return lambda: self._master_callbacks.remove(callback)
 
+    def write(self, record: EventRecord, before: ClusterState, after: ClusterState) -> None:
+        """Takes in what the own master has just written; nothing is folded again while both hold the same state."""
+        if self._view.state is not before:
+            self.follow(record)
+            return
+        self._is_unmerged = False
+        self._ring.append(record)
+        self._set_state(after)
+
     def follow(self, record: EventRecord) -> None:
-        """Takes in one event of the log, as heard or as the own master has just written it."""
+        """Takes in one event of the log."""
         followed = follow_event(self._view.state, record)
         if followed.wants_snapshot:
             self._snapshot_wanted.set()

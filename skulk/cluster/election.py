@@ -11,6 +11,7 @@
     master     the same, this one wins                      master     Gather; then SteppedDown, BeganTerm
     master     what a follower holds is not in its log      master     Gather; then SteppedDown, BeganTerm
     master     a round of a higher term                     follower   SteppedDown
+    any        a round of a higher term                     follower   its candidate counts as a master for 1 s
     master     bus lost, or a tick more than 1 s late       candidate  SteppedDown; the pre-vote once the bus is there
     any        it is being stopped                          follower   SteppedDown, if it is the master
     any        bus back, or a tick more than 1 s late       same       silence restarts
@@ -340,11 +341,11 @@ def _gather_heard(state: Election, term: Term, now: float) -> Stepped:
     if term.node_id == state.node_id or term <= state.highest:
         return state, ()
     seen = msgspec.structs.replace(state, highest=term)
-    if state.role == "master":
-        return _stepped_down(_following(seen, now), state.term)
     if state.role == "gathering" and term < state.proposed:
         return seen, ()
-    return _following(seen, now), ()
+    # who asks in a round is about to lead: those that can't hear it are told so, as of a master
+    promised = _following(msgspec.structs.replace(seen, heard=term, heard_at=now), now)
+    return _stepped_down(promised, state.term) if state.role == "master" else (promised, ())
 
 
 def _term_seen(state: Election, seen: TermSeen, now: float) -> Stepped:

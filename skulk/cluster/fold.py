@@ -5,7 +5,7 @@ TermBegan             the position moves to the new term
 InstanceCreated       the instance is there, pending; made again, its epochs go on from its tombstone's
 InstanceAssigned      it belongs to a node; its epoch never falls
 InstanceUnassigned    it is pending again
-InstanceKept          it was placed on demand, and no longer leaves by itself
+InstanceKept          somebody was promised it: it no longer leaves by itself
 InstanceDeleted       it is gone; its tombstone stays
 NodeDrainStarted      the node takes no new work
 NodeDrainEnded        it does again
@@ -19,7 +19,7 @@ from typing import Any, TypeAlias, TypeVar, assert_never
 
 import msgspec
 
-from skulk.ids import digest64
+from skulk.ids import digest64, is_commanded
 from skulk.wire.events import (
     Event,
     EventRecord,
@@ -137,6 +137,9 @@ def _created(state: ClusterState, event: InstanceCreated, position: Position) ->
     if tombstone is None:
         return _with_instance(state, msgspec.structs.replace(instance, born=position, position=position))
     assert position > tombstone.position, "the log moves on: an event comes after every tombstone of its past"
+    if is_commanded(instance.instance_id, instance.command_id):
+        # nobody uses such an id again, and a merge would take it away
+        return state
     last_epoch = max(instance.last_epoch, tombstone.last_epoch)
     again = msgspec.structs.replace(instance, born=position, position=position, last_epoch=last_epoch)
     return _with_instance(state, again)
@@ -168,7 +171,7 @@ def _kept(state: ClusterState, event: InstanceKept, position: Position) -> Clust
     instance = state.instances.get(event.instance_id)
     if instance is None:
         return state
-    return _with_instance(state, msgspec.structs.replace(instance, on_demand=False, position=position))
+    return _with_instance(state, msgspec.structs.replace(instance, on_demand=False, kept=True, position=position))
 
 
 def _deleted(state: ClusterState, event: InstanceDeleted, position: Position) -> ClusterState:

@@ -1,12 +1,15 @@
 """Two lineages made one: pure, commutative, associative, idempotent (DESIGN 3). A stale state erases nothing.
 
 instance    the version with the higher (birth, epoch, position) wins
-tombstone   united; it beats every version of its instance that was born up to its position
+tombstone   united; it beats every version of its instance that was born up to its position, and every version of one
+            whose id comes from its command: such an id is never used again, but two masters that don't hear each other
+            may both have carried the command out, so that one's deletion is below the other's birth
 drain       the version with the higher position wins
 position    the higher; ``seq`` the higher of both, so that it never falls
 
-What a tombstone covers is decided by birth alone, which is also the first rank of a version: so if any version
-outlives a tombstone, the one that wins does, in any order of merging. A deletion beats a move it didn't know of.
+What a tombstone covers is decided by the id, which all versions share, or by birth, which is also the first rank of a
+version: so if any version outlives a tombstone, the one that wins does, in any order of merging. A deletion beats a
+move it didn't know of.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
+from skulk.ids import is_commanded
 from skulk.wire.state import ClusterState, Drain, Instance, Position, Tombstone
 
 T = TypeVar("T")
@@ -89,14 +93,18 @@ def lacks(known: ClusterState, other: ClusterState, wall: float) -> bool:
 
 
 def _united(a: dict[str, T], b: dict[str, T], rank: Callable[[T], tuple[object, ...]]) -> dict[str, T]:
-    return {
-        name: _higher(a[name], b[name], rank) if name in a and name in b else (a if name in a else b)[name]
-        for name in sorted({*a, *b})
-    }
+    if a is b:
+        return a
+    united = dict(a)
+    for name, found in b.items():
+        own = united.get(name)
+        united[name] = found if own is None else _higher(own, found, rank)
+    return united
 
 
 def _higher(one: T, other: T, rank: Callable[[T], tuple[object, ...]]) -> T:
-    if one is other:
+    if one is other or one == other:
+        # what both sides know already; compared first, for it is nearly everything
         return one
     ranks = rank(one), rank(other)
     if ranks[0] == ranks[1]:
@@ -107,7 +115,9 @@ def _higher(one: T, other: T, rank: Callable[[T], tuple[object, ...]]) -> T:
 
 def _is_covered(instance: Instance, tombstones: dict[str, Tombstone]) -> bool:
     tombstone = tombstones.get(instance.instance_id)
-    return tombstone is not None and tombstone.position >= instance.born
+    if tombstone is None:
+        return False
+    return tombstone.position >= instance.born or is_commanded(instance.instance_id, instance.command_id)
 
 
 def _instance_rank(instance: Instance) -> tuple[object, ...]:

@@ -20,12 +20,14 @@ InstancePhase = Literal["pending", "placing", "loading", "ready", "failed"]
 class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     """A node's last beat and when it was heard (monotonic seconds of the observer).
 
-    ``told``: runners of it that have spoken since, and that the beat doesn't name.
+    ``told``: runners of it that have spoken since, and that the beat doesn't name. ``doubted``: those whose word in the
+    beat was older than what was known of them.
     """
 
     beat: NodeBeat
     heard_at: float
     told: tuple[str, ...] = ()
+    doubted: frozenset[str] = frozenset()
 
 
 class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,7 +52,12 @@ def with_state(view: ClusterView, state: ClusterState) -> ClusterView:
     """The view over another state; statuses of runners that nobody wants any more and no node has are dropped.
 
     One that has spoken since its node's beat is there: until it says that it has stopped, its memory isn't free.
+    Cost: nothing where it is the view's own state; else a look at each status.
     """
+    if state is view.state:
+        return view
+    if all(_is_wanted(state, status) for status in view.runners.values()):
+        return msgspec.structs.replace(view, state=state)
     wanted = {instance.assignment.runner_id for instance in state.instances.values() if instance.assignment is not None}
     held = {status.runner_id for node in view.nodes.values() for status in node.beat.runners}
     held.update(name for node in view.nodes.values() for name in node.told)
@@ -58,22 +65,35 @@ def with_state(view: ClusterView, state: ClusterState) -> ClusterView:
     return msgspec.structs.replace(view, state=state, runners=runners)
 
 
+def _is_wanted(state: ClusterState, status: RunnerStatus) -> bool:
+    instance = state.instances.get(status.instance_id)
+    assigned = None if instance is None else instance.assignment
+    return assigned is not None and assigned.runner_id == status.runner_id
+
+
 def with_node_beat(view: ClusterView, beat: NodeBeat, now: float) -> ClusterView:
     """The view after a node's beat. Its list of runners is whole: what it no longer names is gone.
 
-    Of a node that was started again (another incarnation) nothing older is kept, whatever its clock says. One that
-    leaves is gone at once.
+    A runner's own later word stands against one beat, which may have been written before it; what the second one
+    says is so, whatever the clocks say: the later word may be another process's (a cloned home's) that is gone. Of a
+    node that was started again (another incarnation) nothing older is kept. One that leaves is gone at once.
     """
     if beat.leaving:
         return _without_left(view, beat)
     before = view.nodes.get(beat.node_id)
     before_runners = view.runners if before is None or before.beat.incarnation == beat.incarnation else {}
     runners = _without_runners_of(view, beat.node_id)
+    doubted: list[str] = []
     for status in beat.runners:
-        other = runners.get(status.runner_id)
-        newest = _newer(before_runners.get(status.runner_id), status) if other is None else status
-        runners[status.runner_id] = _chosen(view.state, other, newest)
-    nodes = {**view.nodes, beat.node_id: NodeView(beat=beat, heard_at=now)}
+        name = status.runner_id
+        other = runners.get(name)
+        newest = _newer(before_runners.get(name), status) if other is None else status
+        if newest is not status and before is not None and name in before.doubted:
+            newest = status
+        if newest is not status:
+            doubted.append(name)
+        runners[name] = _chosen(view.state, other, newest)
+    nodes = {**view.nodes, beat.node_id: NodeView(beat=beat, heard_at=now, doubted=frozenset(doubted))}
     known = view.known if beat.role != "full" else {**view.known, beat.node_id: now}
     return msgspec.structs.replace(view, nodes=nodes, runners=runners, known=known)
 

@@ -83,13 +83,12 @@ class Leader:
             clock,
             replica.view.state,
             term,
-            replica.follow,
+            replica.write,
             lambda: followers_of(replica.view, term.node_id),
             may_write,
         )
         self._upkeep = Upkeep(settles_at=clock.now() + SETTLE_S)
         self._placing: set[str] = set()
-        self._ensured: set[str] = set()
         self._retiring = Retiring(
             bus,
             replica,
@@ -167,7 +166,9 @@ class Leader:
         decision = await self._decide(request)
         if decision.outcome == "pending":
             raise UnavailableError("facts_pending", decision.reason, retry_after_s=5)
-        if decision.outcome == "unplaceable" and await self._retiring.make_room(request):
+        # room that idle models can make goes before force
+        is_short = decision.outcome == "unplaceable" or bool(decision.warnings)
+        if is_short and await self._retiring.make_room(msgspec.structs.replace(request, force=False)):
             decision = self.preview(request)
         if decision.outcome == "unplaceable" and not _stays_pending(command):
             raise RequestError("unplaceable", decision.reason)
@@ -179,6 +180,7 @@ class Leader:
             reason=decision.reason if decision.outcome == "unplaceable" else "",
             created_at=self._clock.wall(),
             on_demand=command.on_demand,
+            kept=_stays_pending(command),
         )
         if instance.instance_id in self.state.instances:
             raise RequestError(
@@ -290,13 +292,13 @@ class Leader:
                 refused = self._refusal_in(assignment, answer)
                 if refused is None:
                     break
-                refusal, is_refused = self._refused(instance_id, assignment, refused), True
+                refusal, is_refused = self._refused(instance_id, assignment, refused, is_silent=answer is None), True
         finally:
             self._placing.discard(instance_id)
         placed = self.state.instances.get(instance_id)
         if placed is None:
             raise _deleted_meanwhile(instance_id)
-        if placed.assignment is None and instance_id in self._ensured:
+        if placed.assignment is None and placed.kept and not _stays_pending(command):
             raise RequestError(
                 "unplaceable", f"{refusal}; the instance {instance_id}, wanted by others too, stays pending"
             )
@@ -348,19 +350,18 @@ class Leader:
             return f"node {assignment.node_id} fell silent before it took the instance"
         return None
 
-    def _refused(self, instance_id: str, assignment: Assignment, reason: str) -> str:
-        """Notes a refusal; returns its reason."""
+    def _refused(self, instance_id: str, assignment: Assignment, reason: str, *, is_silent: bool) -> str:
+        """Notes a refusal; returns its reason. A silent node has refused nothing: it is asked when it is back."""
         log.info("node %s refused %s: %s", assignment.node_id, instance_id, reason)
-        self._upkeep = with_barred(self._upkeep, instance_id, assignment.node_id, self._clock.now())
+        if not is_silent:
+            self._upkeep = with_barred(self._upkeep, instance_id, assignment.node_id, self._clock.now())
         self._ledger.append(InstanceUnassigned(instance_id=instance_id, reason=reason))
         return reason
 
     def _existing(self, command: PlaceModel, known: Instance) -> PlacementReply:
         """The answer that promises an instance which is there: a person's stays from now on, even without a node."""
-        if not command.on_demand:
-            self._ensured.add(known.instance_id)
-            if known.on_demand:
-                self._ledger.append(InstanceKept(instance_id=known.instance_id))
+        if not command.on_demand and not known.kept:
+            self._ledger.append(InstanceKept(instance_id=known.instance_id))
         return self._reply(command, known, existed=True)
 
     def _reply(

@@ -42,7 +42,8 @@ class Ledger:
     Args:
         state: what the term starts from.
         term: this mastership.
-        on_append: told of each event at once: what the master has written, its own node must never lack.
+        on_append: told of each event at once, with the state before it and after it: what the master has written, its
+            own node must never lack.
         followers: how many live nodes follow, for the beat.
         may_write: asked before each event: a master that has slept finds out here at the latest.
     """
@@ -53,7 +54,7 @@ class Ledger:
         clock: Clock,
         state: ClusterState,
         term: Term,
-        on_append: Callable[[EventRecord], None],
+        on_append: Callable[[EventRecord, ClusterState, ClusterState], None],
         followers: Callable[[], int],
         may_write: Callable[[], bool] = lambda: True,
     ) -> None:
@@ -89,9 +90,9 @@ class Ledger:
             raise UnavailableError("not_master", "this node is not the master any more; ask again", retry_after_s=1)
         position = Position(term=self._term, seq=self._state.position.seq + 1)
         record = EventRecord(position=position, at=self._clock.wall(), event=event)
-        self._state = fold(self._state, record)
+        before, self._state = self._state, fold(self._state, record)
         self._enqueue(record)
-        self._on_append(record)
+        self._on_append(record, before, self._state)
         return position
 
     def close(self) -> None:

@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Final
 
 import msgspec
@@ -24,7 +24,7 @@ from skulk.cluster.view import ClusterView, drain_of, runner_of
 from skulk.placement.decision import assign, place
 from skulk.wire.events import Event, InstanceAssigned, InstanceUnassigned, NodeDrainEnded, TombstonesExpired
 from skulk.wire.placement import PlacementDecision
-from skulk.wire.state import Instance
+from skulk.wire.state import ClusterState, Instance
 
 BARRED_S: Final = 60.0
 BARRED_MOST_S: Final = 960.0
@@ -52,10 +52,46 @@ class Barred(msgspec.Struct, frozen=True):
     times: int
 
 
+class Placements(msgspec.Struct, frozen=True, kw_only=True):
+    """A state's instances by where they are: made once a state, for a state stays through most looks.
+
+    Attributes:
+        pending: those that are on no node, by id.
+        on_node: the others, by node.
+    """
+
+    state: ClusterState
+    pending: tuple[Instance, ...] = ()
+    on_node: Mapping[str, tuple[Instance, ...]] = {}
+
+
+def placements_of(state: ClusterState, known: Placements | None = None) -> Placements:
+    """Those of a state; ``known`` again where they are of this very state. Cost: else O(instances)."""
+    if known is not None and known.state is state:
+        return known
+    pending: list[Instance] = []
+    on_node: dict[str, list[Instance]] = {}
+    for instance in state.instances.values():
+        if instance.assignment is None:
+            pending.append(instance)
+        else:
+            on_node.setdefault(instance.assignment.node_id, []).append(instance)
+    return Placements(
+        state=state,
+        pending=_in_order(pending),
+        on_node={name: tuple(found) for name, found in on_node.items()},
+    )
+
+
+def _in_order(instances: Iterable[Instance]) -> tuple[Instance, ...]:
+    return tuple(sorted(instances, key=lambda instance: instance.instance_id))
+
+
 class Upkeep(msgspec.Struct, frozen=True, kw_only=True):
     """What the master remembers between looks; monotonic seconds.
 
     Attributes:
+        placements: of the state at the last look.
         barred: by instance, the nodes that refused it.
         missing: by node, since when an assignment's node has been silent.
         heard: the nodes that this master has heard itself; others' silence begins with its first look.
@@ -63,6 +99,7 @@ class Upkeep(msgspec.Struct, frozen=True, kw_only=True):
         settles_at: until then nothing moves: a new master hasn't heard everybody yet.
     """
 
+    placements: Placements | None = None
     barred: Mapping[str, Mapping[str, Barred]] = {}
     missing: Mapping[str, float] = {}
     heard: frozenset[str] = frozenset()
@@ -71,13 +108,14 @@ class Upkeep(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def with_missing(upkeep: Upkeep, view: ClusterView, now: float) -> Upkeep:
-    """The memory after a look at who is there."""
-    named = {found.assignment.node_id for found in view.state.instances.values() if found.assignment is not None}
+    """The memory after a look at who is there. Cost: O(nodes), and O(instances) where the state has changed."""
+    placements = placements_of(view.state, upkeep.placements)
     missing = {
         node: upkeep.missing.get(node, _silent_from(view, node, now) if node in upkeep.heard else now)
-        for node in sorted(named - view.nodes.keys())
+        for node in sorted(placements.on_node.keys() - view.nodes.keys())
     }
-    return msgspec.structs.replace(upkeep, missing=missing, heard=upkeep.heard | view.nodes.keys())
+    heard = upkeep.heard if upkeep.heard >= view.nodes.keys() else upkeep.heard | view.nodes.keys()
+    return msgspec.structs.replace(upkeep, placements=placements, missing=missing, heard=heard)
 
 
 def _silent_from(view: ClusterView, node: str, now: float) -> float:
@@ -116,12 +154,13 @@ def is_minority(view: ClusterView) -> bool:
 
 
 def refused_by(view: ClusterView) -> tuple[Instance, ...]:
-    """The instances whose present assignment was refused by its node."""
-    return tuple(
-        instance
-        for instance in view.state.instances.values()
-        if (status := runner_of(view, instance)) is not None and status.phase == "refused"
+    """The instances whose present assignment was refused by its node, by id. Cost: O(runners)."""
+    refused = (
+        view.state.instances.get(status.instance_id) for status in view.runners.values() if status.phase == "refused"
     )
+    found = {instance.instance_id: instance for instance in refused if instance is not None}
+    statuses = ((instance, runner_of(view, instance)) for instance in found.values())
+    return _in_order(instance for instance, status in statuses if status is not None and status.phase == "refused")
 
 
 def next_event(
@@ -138,12 +177,20 @@ def next_event(
     One at a time: each decision must see the memory that the one before it reserved. ``wall`` is seconds since the
     epoch; ``busy`` instances are left to the command that is placing them.
     """
-    free = tuple(found for name, found in sorted(view.state.instances.items()) if name not in busy)
+    placements = placements_of(view.state, upkeep.placements)
+
+    def free(instances: Iterable[Instance]) -> Iterator[Instance]:
+        return (found for found in instances if found.instance_id not in busy)
+
+    def on(nodes: Iterable[str]) -> Iterator[Instance]:
+        return free(_in_order(found for node in nodes for found in placements.on_node.get(node, ())))
+
+    drained = [name for name in view.state.drains if drain_of(view, name) is not None]
     decided = (
-        _refused(view, free),
-        _drained(upkeep, view, free, now, rules),
-        _moved(upkeep, view, free, now, rules),
-        _placed(upkeep, view, free, now, rules),
+        _refused(view, free(refused_by(view))),
+        _drained(upkeep, view, on(drained), now, rules),
+        _moved(upkeep, view, on(upkeep.missing), now, rules),
+        _placed(upkeep, view, free(placements.pending), now, rules),
         _returned(view),
         _expired(view, wall),
     )
@@ -173,17 +220,15 @@ def assigned_by(decision: PlacementDecision, instance: Instance) -> InstanceAssi
     return InstanceAssigned(instance_id=instance.instance_id, assignment=assignment)
 
 
-def _refused(view: ClusterView, instances: tuple[Instance, ...]) -> Iterator[Event]:
+def _refused(view: ClusterView, instances: Iterable[Instance]) -> Iterator[Event]:
     for instance in instances:
         status = runner_of(view, instance)
-        if status is None or status.phase != "refused":
-            continue
-        reason = "refused" if status.error is None else status.error.detail
+        reason = "refused" if status is None or status.error is None else status.error.detail
         yield InstanceUnassigned(instance_id=instance.instance_id, reason=reason)
 
 
 def _drained(
-    upkeep: Upkeep, view: ClusterView, instances: tuple[Instance, ...], now: float, rules: Rules
+    upkeep: Upkeep, view: ClusterView, instances: Iterable[Instance], now: float, rules: Rules
 ) -> Iterator[Event]:
     for instance in instances:
         if instance.assignment is None or (drain := drain_of(view, instance.assignment.node_id)) is None:
@@ -197,7 +242,7 @@ def _drained(
 
 
 def _moved(
-    upkeep: Upkeep, view: ClusterView, instances: tuple[Instance, ...], now: float, rules: Rules
+    upkeep: Upkeep, view: ClusterView, instances: Iterable[Instance], now: float, rules: Rules
 ) -> Iterator[Event]:
     if now < upkeep.settles_at or not upkeep.missing:
         return
@@ -219,13 +264,12 @@ def _moved(
 
 
 def _placed(
-    upkeep: Upkeep, view: ClusterView, instances: tuple[Instance, ...], now: float, rules: Rules
+    upkeep: Upkeep, view: ClusterView, instances: Iterable[Instance], now: float, rules: Rules
 ) -> Iterator[Event]:
     for instance in instances:
-        if instance.assignment is None:
-            placed = placement_of(upkeep, view, instance, now, rules)
-            if placed is not None:
-                yield placed
+        placed = placement_of(upkeep, view, instance, now, rules)
+        if placed is not None:
+            yield placed
 
 
 def _returned(view: ClusterView) -> Iterator[Event]:

@@ -32,6 +32,7 @@ Score, compared in this order:
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Final, NamedTuple
@@ -41,7 +42,7 @@ from skulk.cluster.view import ClusterView, NodeView, drain_of
 from skulk.ids import runner_id
 from skulk.placement.backends import Ranked, rank_of
 from skulk.placement.fitting import Fit, Fitter, context_limit, largest_context, least_fit, least_need
-from skulk.placement.rooms import Room, is_on_cpu, rooms
+from skulk.placement.rooms import is_on_cpu, rooms
 from skulk.placement.speeds import doublings, expected_tps, usual_tps
 from skulk.placement.weights import sources_of, why_not_fetched
 from skulk.units import GIB, format_bytes
@@ -115,12 +116,11 @@ def place(
         return PlacementDecision(outcome="unplaceable", reason=impossible, reports=_unjudged(view, impossible))
     # 2.
     question = _Question(view, request, now, default_parallel)
-    have = rooms(view)
-    reports = tuple(_report(question, view.nodes[node_id], have[node_id]) for node_id in sorted(view.nodes))
+    reports = tuple(_report(question, view.nodes[node_id]) for node_id in sorted(view.nodes))
     fitting = [report for report in reports if report.filter is None]
     # 3.
     if fitting:
-        best = min(fitting, key=lambda report: ([-part for part in report.score.values()], report.node_id))
+        best = max(fitting, key=lambda report: tuple(report.score.values()))  # of equals the first: by id
         return PlacementDecision(
             outcome="placed", nodes=(best.node_id,), reports=reports, reason=_placed_reason(request, best)
         )
@@ -189,6 +189,7 @@ class _Question:
         self.view: Final = view
         self.request: Final = request
         self.now: Final = now
+        self.rooms: Final = rooms(view)
         self.fitter: Final = Fitter(request.card, request.context_length, is_capped=request.n_parallel is None)
         self.sources: Final = sources_of(view, request.card)
         self.excluded: Final = frozenset(request.excluded_nodes)
@@ -204,7 +205,14 @@ class _Question:
         self.is_picky: Final = bool(request.excluded_nodes or request.node_ids or view.state.drains)
         self._mismatches: dict[tuple[str, ...], str] = {}
         self._ranks: dict[tuple[str, ...], Ranked | None] = {}
+        self._cpu_ranks: dict[tuple[str, ...], Ranked | None] = {}
         self._usual: dict[str, float] = {}
+
+    def cpu_rank_of(self, tags: tuple[str, ...]) -> Ranked | None:
+        """`rank_of` among the tags that compute on the processor."""
+        if tags not in self._cpu_ranks:
+            self._cpu_ranks[tags] = self.rank_of(tuple(tag for tag in tags if is_on_cpu(tag)))
+        return self._cpu_ranks[tags]
 
     def mismatch_of(self, tags: tuple[str, ...]) -> str:
         """Why none of a node's tags will do."""
@@ -238,7 +246,7 @@ class _Question:
         return self._ranks[tags]
 
 
-def _report(question: _Question, node: NodeView, have: Room) -> NodeReport:
+def _report(question: _Question, node: NodeView) -> NodeReport:
     """Step 2 for one node."""
     request = question.request
     verdict = _absent(question, node)  # a. to c.
@@ -264,11 +272,11 @@ def _report(question: _Question, node: NodeView, have: Room) -> NodeReport:
             backend=None if ranked is None else ranked.backend,
         )
     assert ranked is not None
-    report = _sized(question, node, ranked, have.of(ranked.backend), short)  # j.
-    if report.filter is None or have.cpu is None or request.card.min_vram_gib or is_on_cpu(ranked.backend):
+    report = _sized(question, node, ranked, short)  # j.
+    if report.filter is None or node.beat.node_id not in question.rooms.cpu or is_on_cpu(ranked.backend):
         return report
-    on_cpu = question.rank_of(tuple(tag for tag in node.beat.tags if is_on_cpu(tag)))
-    other = None if on_cpu is None else _sized(question, node, on_cpu, have.cpu, "")
+    on_cpu = None if request.card.min_vram_gib else question.cpu_rank_of(node.beat.tags)
+    other = None if on_cpu is None else _sized(question, node, on_cpu, "")
     return report if other is None or other.filter is not None else other
 
 
@@ -317,8 +325,9 @@ def _small_gpu(request: PlacementRequest, node: NodeView, backend: str) -> str:
     )
 
 
-def _sized(question: _Question, node: NodeView, ranked: Ranked, have: int, warning: str) -> NodeReport:
+def _sized(question: _Question, node: NodeView, ranked: Ranked, warning: str) -> NodeReport:
     """Filter j., and the score of what passes it; ``warning``: what was let pass before."""
+    have = question.rooms.of(node.beat.node_id, ranked.backend)
     card, asked, fitter = question.request.card, question.request.context_length, question.fitter
     fit: Fit | None = None
     # what hasn't room for the weights hasn't room for fewer sequences beside them
@@ -374,8 +383,8 @@ def _score(question: _Question, node: NodeView, ranked: Ranked, fit: Fit, have: 
         "weights": 1.0 if node_id in question.sources.holders else 0.0,
         "apart": 0.0 - question.there.get(node_id, 0),
         "speed": question.speed_on(node, ranked.backend),
-        "room": round(left, 1),
-        "load": 0.0 - round(load, 1),
+        "room": math.floor(left * 10.0 + 0.5) / 10.0,
+        "load": 0.0 - math.floor(load * 10.0 + 0.5) / 10.0,
     }
     return {"fits": 1.0 if fits else 0.0, **score} if question.request.force else score
 

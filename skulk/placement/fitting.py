@@ -6,9 +6,6 @@ empty; so they are taken only while all KV stays within its share, a quarter of 
 takes that share, or one context if that is more. Where nobody asked for a number of sequences, the share is no more
 than twice the weights (half a GiB at least): a small model on a large machine doesn't need gigabytes of cells.
 
-Parked states take a quarter of the KV, 1 GiB at most, and no more than all the rest leaves: host memory for sequences
-that yield and for prefixes that come back.
-
 How it is found. The need of a unified cache is, above the rows of one step, two straight lines in its cells on each
 side of the sliding window's end: one where the headroom counts, one where weights and process outgrow it. So the most
 cells that a room holds is a division, not a search; a master asks for it once a node at every placement.
@@ -34,7 +31,7 @@ from skulk.placement.memory import (
     weights_with_headroom,
     window_cells,
 )
-from skulk.units import GIB, MIB
+from skulk.units import MIB
 from skulk.wire.beats import EngineFacts
 from skulk.wire.model import ModelCard
 from skulk.wire.placement import MemoryEstimate
@@ -47,9 +44,6 @@ KV_WEIGHTS: Final = 2
 KV_FREE: Final = 512 * MIB
 """Where no number of sequences was asked for, KV beyond one context may take `KV_WEIGHTS` times the weights, and this
 much at least."""
-PARK_SHARE: Final = 4
-PARK_MAX: Final = GIB
-"""The most host memory for parked states: the KV divided by `PARK_SHARE`, and this."""
 _NO_END: Final = 2**62
 
 
@@ -136,24 +130,38 @@ class _Line(NamedTuple):
     kv_slope: int
     kv_base: int
 
+    def inverse(self) -> _Inverse:
+        """The same, asked the other way round."""
+        return _Inverse(self.low, self.high, 32 * (self.base - 1) + 1 + self.kv_base, self.kv_slope + 32 * self.slope)
+
+
+class _Inverse(NamedTuple):
+    """Cells by bytes: (32 x room - offset) // divisor."""
+
+    low: int
+    high: int
+    offset: int
+    divisor: int
+
     def most(self, room_bytes: int) -> int:
         """The most cells, multiples of 256 or not, that stay within a room; negative where none do."""
-        divisor = self.kv_slope + 32 * self.slope
-        spare = 32 * (room_bytes - self.base + 1) - 1 - self.kv_base
-        if divisor == 0:
+        spare = 32 * room_bytes - self.offset
+        if self.divisor == 0:
             return _NO_END if spare >= 0 else -1
-        return spare // divisor
+        return spare // self.divisor
 
 
 class _Need(NamedTuple):
     """What a unified cache needs, lowest piece first: by headroom, by process (without the node's part); its KV alone.
 
-    ``least_bytes``: less than any context needs.
+    ``kv_slope``: 32nds of a byte that each cell beyond any window adds to it; ``least_bytes``: less than any context
+    needs.
     """
 
-    headed: tuple[_Line, ...]
-    worked: tuple[_Line, ...]
-    kv: tuple[_Line, ...]
+    headed: tuple[_Inverse, ...]
+    worked: tuple[_Inverse, ...]
+    kv: tuple[_Inverse, ...]
+    kv_slope: int
     least_bytes: int
 
 
@@ -172,7 +180,11 @@ class Fitter:
         self.most: Final = largest_context(card, asked)
         self._least: Final = min(smallest_context(card, None), self.most)
         self._needs: dict[tuple[int, str, bool, int], _Need] = {}
+        wide = card.kv_bytes_per_token - card.window_kv_bytes_per_token
+        # of the largest context, by the smallest type of cache there is
+        self._full_kv: Final = round_up(self.most) * wide // 4
         self._least_bytes: dict[bool, int] = {}
+        self._ample: dict[tuple[EngineFacts, str, int], Fit | None] = {}
 
     def least_bytes(self, backend: str) -> int:
         """Less than any context needs, however few sequences run."""
@@ -182,7 +194,21 @@ class Fitter:
         return self._least_bytes[is_mlx]
 
     def fit(self, room_bytes: int, n_parallel: int, backend: str, engine: EngineFacts = UNMEASURED) -> Fit | None:
-        """The largest context that fits, as `fit_context`. Cost: O(1) from the second node of a build on."""
+        """The largest context that fits, as `fit_context`. Cost: O(1) from the second node of a build on.
+
+        Where the number of sequences wasn't asked for, all nodes of a build with room enough get the same.
+        """
+        if room_bytes // KV_SHARE < self._most_kv or room_bytes < self._full_kv:
+            return self._fitted(room_bytes, n_parallel, backend, engine)
+        key = (engine, backend, n_parallel)
+        if key not in self._ample:
+            self._ample[key] = self._fitted(_NO_END, n_parallel, backend, engine)
+        ample = self._ample[key]
+        if ample is not None and ample.memory.need_bytes <= room_bytes:
+            return ample
+        return self._fitted(room_bytes, n_parallel, backend, engine)
+
+    def _fitted(self, room_bytes: int, n_parallel: int, backend: str, engine: EngineFacts) -> Fit | None:
         is_mlx = backend.startswith("mlx")
         key = (engine.ubatch, engine.kv_type, is_mlx, n_parallel)
         need = self._needs.get(key)
@@ -195,19 +221,21 @@ class Fitter:
             return None
         context = min(most, self.most)
         share = min(room_bytes // KV_SHARE, self._most_kv)
-        found = self._streams(context, n_parallel, backend, engine, room_bytes, share)
+        single = round_up(context)
+        found = None
+        if n_parallel * single * need.kv_slope // 32 <= share:
+            found = self._streams(context, n_parallel, backend, engine, room_bytes, share)
         if found is None:
-            single = round_up(context)
             shared = min(most, n_parallel * single - CELL_STEP, _most_cells(need.kv, share))
             cells = max(single, round_down(shared))
-            found = cells, estimate(self.card, context, n_parallel, cells, backend, engine)
+            found = cells, estimate(self.card, context, n_parallel, cells, backend, engine, parks_in=room_bytes)
         kv_cells, memory = found
         assert memory.need_bytes <= room_bytes
         return Fit(
             context_length=context,
             n_parallel=n_parallel,
             kv_cells=kv_cells,
-            memory=memory if is_mlx else _with_parked(memory, room_bytes),
+            memory=memory,
         )
 
     def _streams(
@@ -215,10 +243,7 @@ class Fitter:
     ) -> tuple[int, MemoryEstimate] | None:
         """Cells and memory of one stream a sequence, where that stays within the room and its share."""
         cells = n_parallel * round_up(context)
-        wide = self.card.kv_bytes_per_token - self.card.window_kv_bytes_per_token
-        if cells * wide * half_bits(engine, is_mlx=backend.startswith("mlx")) // 32 > share:
-            return None
-        memory = estimate(self.card, context, n_parallel, cells, backend, engine)
+        memory = estimate(self.card, context, n_parallel, cells, backend, engine, parks_in=room_bytes)
         return (cells, memory) if memory.need_bytes <= room_bytes and memory.kv_bytes <= share else None
 
     def _most_unified(self, need: _Need, room_bytes: int, n_parallel: int, backend: str, engine: EngineFacts) -> int:
@@ -235,8 +260,11 @@ class Fitter:
         return 0
 
 
-def _most_cells(lines: Sequence[_Line], room_bytes: int) -> int:
+def _most_cells(lines: Sequence[_Inverse], room_bytes: int) -> int:
     """The most cells on a chain of lines, lowest first, that grow without a gap; 0 where none are within the room."""
+    if len(lines) == 1:  # as of most models
+        most = lines[0].most(room_bytes)
+        return min(most, lines[0].high) if most >= lines[0].low else 0
     for line in reversed(lines):
         most = line.most(room_bytes)
         if most >= line.low:
@@ -253,8 +281,8 @@ def _need_of(card: ModelCard, n_parallel: int, engine: EngineFacts, *, is_mlx: b
         lines = [_lines(card, n_parallel, engine, low=max(rows, end), high=_NO_END, narrow=(0, end), is_mlx=is_mlx)]
         if end > rows:
             lines.insert(0, _lines(card, n_parallel, engine, low=rows, high=end, narrow=(1, 0), is_mlx=is_mlx))
-    headed, worked, kv = zip(*lines, strict=True)
-    return _Need(headed, worked, kv, weights_with_headroom(card, is_mlx=is_mlx))
+    headed, worked, kv = (tuple(line.inverse() for line in kind) for kind in zip(*lines, strict=True))
+    return _Need(headed, worked, kv, lines[-1][2].kv_slope, weights_with_headroom(card, is_mlx=is_mlx))
 
 
 def _lines(
@@ -286,17 +314,3 @@ def _lines(
     headed = kv._replace(base=kv.base + weights_with_headroom(card, is_mlx=is_mlx) + buffers, slope=masks)
     worked = kv._replace(base=kv.base + card.weights_bytes + process + buffers, slope=masks + tables * (1 + times))
     return headed, worked, kv
-
-
-def _with_parked(memory: MemoryEstimate, room_bytes: int) -> MemoryEstimate:
-    """Room for parked states beside the rest: it takes no token of context from anyone."""
-    park = min(memory.kv_bytes // PARK_SHARE, PARK_MAX, room_bytes - memory.need_bytes)
-    return MemoryEstimate(
-        weights_bytes=memory.weights_bytes,
-        kv_bytes=memory.kv_bytes,
-        compute_bytes=memory.compute_bytes,
-        headroom_bytes=memory.headroom_bytes,
-        need_bytes=memory.need_bytes + park,
-        park_bytes=park,
-        process_bytes=memory.process_bytes,
-    )

@@ -11,7 +11,8 @@
     output buffer   n_parallel rows of logits, 4 bytes each
     process         what a runner takes without a model, as the node measured it once for its build, 256 a token of
                     the vocabulary and 48 a cell of the cache (llama.cpp's tables)
-    parked states   by `skulk.placement.fitting`, which finds what fits a room
+    parked states   a quarter of the KV, 1 GiB at most, and no more than all the rest leaves of a room: host memory for
+                    sequences that yield and for prefixes that come back
 
 The estimate is what a runner should be seen to take right after its load; its status carries both figures. Compute
 and output buffers hold for flash attention and ``n_outputs_max = n_parallel``. A card without activations (of an older
@@ -22,13 +23,16 @@ from __future__ import annotations
 
 from typing import Final
 
-from skulk.units import MIB
+from skulk.units import GIB, MIB
 from skulk.wire.beats import EngineFacts
 from skulk.wire.model import ModelCard
 from skulk.wire.placement import MemoryEstimate
 
 CELL_STEP: Final = 256
 """llama.cpp pads each stream's cells to multiples of this (``GGML_PAD(n_ctx, 256)``)."""
+PARK_SHARE: Final = 4
+PARK_MAX: Final = GIB
+"""The most host memory for parked states: the KV divided by `PARK_SHARE`, and this."""
 MIN_NEED: Final = 256 * MIB
 ACTIVATIONS: Final = 16
 """Times the embedding's length: 32-bit values of one row where the card doesn't tell."""
@@ -48,6 +52,7 @@ KV_BITS: Final = {
     "iq4_nl": 4.5,
 }
 """Bits of one value of the cache, scales included; cards count 16."""
+_HALF_BITS: Final = {kind: int(2 * bits) for kind, bits in KV_BITS.items()}
 UNMEASURED: Final = EngineFacts()
 """A node that hasn't measured its engine, or is older than these facts."""
 _FACTOR_PERCENT: Final = {"gguf": 110, "mlx": 130}
@@ -75,6 +80,8 @@ def estimate(
     kv_cells: int,
     backend: str,
     engine: EngineFacts = UNMEASURED,
+    *,
+    parks_in: int | None = None,
 ) -> MemoryEstimate:
     """What an instance takes.
 
@@ -85,6 +92,7 @@ def estimate(
         kv_cells: cells of all sequences together; rounded up to multiples of 256.
         backend: resolved tag; an MLX engine needs MLX's headroom whatever the card calls its format.
         engine: the node's, by its beat.
+        parks_in: the room in bytes, of which parked states may take what is left; None: nothing is parked.
     """
     assert context_length > 0
     assert n_parallel > 0
@@ -93,24 +101,26 @@ def estimate(
     cells = round_up(kv_cells)
     streams = n_parallel if is_streamed(context_length, n_parallel, cells) else 1
     of_stream = cells // streams
-    narrow = 0
-    if card.window_kv_bytes_per_token:
-        narrow = min(of_stream, window_cells(card, n_parallel, streams, engine.ubatch))
+    windowed = card.window_kv_bytes_per_token
+    narrow = min(of_stream, window_cells(card, n_parallel, streams, engine.ubatch)) if windowed else 0
     tables = 0 if is_mlx else TOKEN_BYTES * card.vocabulary_size + CELL_BYTES * (cells + narrow * streams)
     process = engine.process_bytes + tables
     weights = card.weights_bytes
     headed = max(weights_with_headroom(card, is_mlx=is_mlx), weights + process)
-    values = cells * card.kv_bytes_per_token - (cells - narrow * streams) * card.window_kv_bytes_per_token
+    values = cells * card.kv_bytes_per_token - (cells - narrow * streams) * windowed
     kv = values * half_bits(engine, is_mlx=is_mlx) // 32 + n_parallel * card.recurrent_bytes
     row = row_bytes(card) + 2 * (of_stream + narrow)
     buffers = min(engine.ubatch, cells) * row + n_parallel * card.vocabulary_size * 4
+    need = headed + kv + buffers
+    park = 0 if parks_in is None or is_mlx else max(0, min(kv // PARK_SHARE, PARK_MAX, parks_in - need))
     return MemoryEstimate(
         weights_bytes=weights,
         kv_bytes=kv,
         compute_bytes=buffers,
         process_bytes=process,
         headroom_bytes=headed - weights - process,
-        need_bytes=headed + kv + buffers,
+        need_bytes=need + park,
+        park_bytes=park,
     )
 
 
@@ -129,7 +139,7 @@ def row_bytes(card: ModelCard) -> int:
 
 def half_bits(engine: EngineFacts, *, is_mlx: bool) -> int:
     """Twice the bits of one value of the cache (they come in halves); an MLX cache is 16-bit."""
-    return int(2 * (16.0 if is_mlx else KV_BITS.get(engine.kv_type, 16.0)))
+    return 32 if is_mlx else _HALF_BITS.get(engine.kv_type, 32)
 
 
 def weights_with_headroom(card: ModelCard, *, is_mlx: bool) -> int:

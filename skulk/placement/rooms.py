@@ -61,18 +61,17 @@ def _unseen(status: RunnerStatus, wanted: int, measured: int) -> int:
     return wanted - measured if wanted > measured else 0
 
 
-class Room(NamedTuple):
-    """Bytes that are left on a node, by pool; ``cpu`` None: there is one pool."""
+class Rooms(NamedTuple):
+    """Bytes that are left on each node, by pool; only nodes that have two stand in ``cpu``."""
 
-    main: int
-    cpu: int | None = None
+    main: dict[str, int]
+    cpu: dict[str, int]
 
-    def of(self, backend: str) -> int:
-        """What one more instance on this backend may take."""
-        return self.main if self.cpu is None or not is_on_cpu(backend) else self.cpu
-
-
-NO_ROOM: Final = Room(0)
+    def of(self, node_id: str, backend: str) -> int:
+        """What one more instance on this backend may take there; 0 for an unknown node."""
+        if node_id in self.cpu and is_on_cpu(backend):
+            return self.cpu[node_id]
+        return self.main.get(node_id, 0)
 
 
 def is_on_cpu(backend: str) -> bool:
@@ -88,10 +87,10 @@ def usable_by(memory: MemoryFacts, backend: str) -> int:
 
 def room(view: ClusterView, node_id: str, backend: str = "") -> int:
     """Bytes that one more instance may take on a node now; 0 for an unknown node. Cost: that of `rooms`."""
-    return rooms(view).get(node_id, NO_ROOM).of(backend)
+    return rooms(view).of(node_id, backend)
 
 
-def rooms(view: ClusterView) -> dict[str, Room]:
+def rooms(view: ClusterView) -> Rooms:
     """What is left on every node. Cost: O(nodes + instances + runners), in one pass: each placement asks for all."""
     wanted = {
         found.runner_id: found
@@ -100,20 +99,27 @@ def rooms(view: ClusterView) -> dict[str, Room]:
     }
     ledger = _Ledger(view, wanted)
     newest = view.runners
+    placed = ledger.placed
     seen = 0
     for node_id, node in view.nodes.items():
         for status in node.beat.runners:
-            latest = newest.get(status.runner_id, status)
-            if latest.node_id != node_id:  # one name may live on two nodes for a while
+            name, measured = status.runner_id, status.memory_bytes
+            latest = newest.get(name)
+            if latest is None or latest.node_id != node_id:  # one name may live on two nodes for a while
                 latest = status
             else:
-                seen += status.runner_id in newest
-            ledger.add(node_id, latest, status.memory_bytes)
+                seen += 1
+            found = wanted.get(name)
+            if found is not None and found.node_id == node_id and found.memory.need_bytes <= measured:
+                placed.add(name)
+                if latest.reserved_bytes <= measured:
+                    continue  # all of it is seen, as of most
+            ledger.add(node_id, latest, measured)
     if seen < len(newest):
         ledger.add_new()
     if len(ledger.placed) < len(wanted):
         ledger.add_unheard()
-    return {node_id: ledger.room(node_id, node.beat.memory) for node_id, node in view.nodes.items()}
+    return ledger.rooms()
 
 
 class _Ledger:
@@ -150,10 +156,16 @@ class _Ledger:
             if name not in self.placed and found.node_id in self._promised:
                 self._count(found.node_id, found.backend, found.memory.need_bytes)
 
-    def room(self, node_id: str, memory: MemoryFacts) -> Room:
+    def rooms(self) -> Rooms:
         """What is left."""
-        left, own = max(0, memory.usable_bytes - self._promised[node_id]), memory.cpu_usable_bytes
-        return Room(left) if own is None else Room(left, max(0, own - self._on_cpu[node_id]))
+        nodes, promised = self._view.nodes, self._promised
+        return Rooms(
+            {name: max(0, node.beat.memory.usable_bytes - promised[name]) for name, node in nodes.items()},
+            {
+                name: max(0, (nodes[name].beat.memory.cpu_usable_bytes or 0) - taken)
+                for name, taken in self._on_cpu.items()
+            },
+        )
 
     def _count(self, node_id: str, backend: str, promised: int) -> None:
         if node_id in self._on_cpu and is_on_cpu(backend):

@@ -20,6 +20,7 @@ USUAL_GIB_S: Final = {"cuda": 400.0, "metal": 200.0, "rocm": 200.0, "vulkan": 20
 _OTHER_GIB_S: Final = 100.0
 MOST_TPS: Final = 4096.0
 _FAR: Final = 1000
+_SQRT_2: Final = math.sqrt(2.0)
 
 
 def expected_tps(weights_bytes: int, backend: str, speeds: tuple[MeasuredSpeed, ...]) -> float:
@@ -44,4 +45,5 @@ def usual_tps(weights_bytes: int, backend: str) -> float:
 
 def doublings(tps: float) -> float:
     """Speed as a part of a score: whole doublings, so that noise and one busy minute don't decide."""
-    return float(round(math.log2(tps))) if tps > 0.0 else -99.0
+    # the exponent of tps x sqrt(2) is one more than log2(tps), rounded
+    return float(math.frexp(tps * _SQRT_2)[1] - 1) if tps > 0.0 else -99.0

@@ -37,7 +37,7 @@ class InstanceUnassigned(Wire, frozen=True, kw_only=True, tag="instance_unassign
 
 
 class InstanceKept(Wire, frozen=True, kw_only=True, tag="instance_kept"):
-    """An instance that was placed on demand is wanted by a person too: it no longer leaves by itself."""
+    """An instance that was there already was promised to somebody: from now on it doesn't leave by itself."""
 
     instance_id: str
 

@@ -67,6 +67,7 @@ class Instance(Wire, frozen=True, kw_only=True):
         position: of the event that wrote this version.
         command_id: of the client's command that created it: the command, repeated, finds it.
         on_demand: a request placed it: it leaves when it has been idle for long, or for another one's room.
+        kept: somebody was promised that it stays, even while no node takes it.
     """
 
     instance_id: str
@@ -79,6 +80,7 @@ class Instance(Wire, frozen=True, kw_only=True):
     position: Position = ORIGIN
     command_id: str = ""
     on_demand: bool = False
+    kept: bool = False
 
     @property
     def model_id(self) -> str:

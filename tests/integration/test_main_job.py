@@ -89,6 +89,42 @@ async def test_place_state_and_delete(node: WholeNode) -> None:
     assert (status, gone["error"]["code"]) == (404, "instance_not_found")
 
 
+async def test_the_next_turn_of_a_conversation_finds_its_replica(node: WholeNode) -> None:
+    """Two replicas: each conversation goes on where it began, and computes only what is new."""
+    status, placed = await node.call("POST", "/place_instance?wait=ready", {"model_id": MODEL, "n_parallel": 2})
+    assert status == 200
+    told: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+
+    async def heard(message: Any) -> None:
+        await told.put(json.loads(message.data))
+
+    bus = await nats.connect(node.facts["nats_url"])
+    try:
+        await bus.subscribe("skulk.*.v1.status.runner.>", cb=heard)
+        await bus.flush()
+        runners: set[str] = set()
+        for number in range(3):
+            story = [{"role": "user", "content": f"Story {number}: " + "a fox met a hare at the river. " * 12}]
+            asked = {"model": MODEL, "messages": story, "max_tokens": 4, "temperature": 0}
+            status, first = await node.call("POST", "/v1/chat/completions", asked)
+            assert status == 200
+            said = {}
+            async with asyncio.timeout(20.0):
+                while not (said.get("prefixes") and said["active"] == 0 and said["request_s"] > 0):
+                    said = await told.get()
+            runners.add(said["runner_id"])
+            await node.state()  # the gateway has heard it too
+            story = [*story, first["choices"][0]["message"], {"role": "user", "content": "Go on."}]
+            _, second = await node.call("POST", "/v1/chat/completions", {**asked, "messages": story})
+            assert second["usage"]["prompt_tokens_details"]["cached_tokens"] > 64
+            async with asyncio.timeout(20.0):
+                while (said := await told.get())["active"] or said["runner_id"] not in runners:
+                    pass
+    finally:
+        await bus.close()
+        await node.call("DELETE", f"/instance/{placed['instance_id']}")
+
+
 async def test_every_command_of_the_readme(node: WholeNode) -> None:
     def run(*arguments: str) -> str:
         done = skulk(node.home, *arguments)

@@ -100,7 +100,7 @@ class SimulatedCluster:
         self.drained: set[str] = set()
         self.meetings = Meetings(2.5)
         self._apart_until: dict[frozenset[str], float] = {}
-        self._apart_since: dict[frozenset[str], float] = {}
+        self._beat_at: dict[tuple[str, str], float] = {}
         self._leads_since: dict[str, float] = {}
         self._paused: dict[Term, float] = {}
         self._paused_at: dict[str, float] = {}
@@ -121,6 +121,13 @@ class SimulatedCluster:
         is_control = tokens[0] == "skulk" and tokens[3] in CONTROL
         if is_control:
             self.witness.hear(sender, message)
+        delays = self._delays(sender, receiver)
+        if delays and tokens[3:5] == ["beat", "node"]:
+            pair = (sender.removesuffix("-clone"), receiver)
+            self._beat_at[pair] = max(self._beat_at.get(pair, 0.0), self.now() + max(delays))
+        return delays
+
+    def _delays(self, sender: str, receiver: str) -> Sequence[float]:
         if sender == receiver:
             return (0.0,)
         if (sender, receiver) in self.cuts or self.sides.get(sender, 0) != self.sides.get(receiver, 0):
@@ -236,7 +243,6 @@ class SimulatedCluster:
         apart = {pair for name in self.clocks for pair in self._pairs_apart(name)}
         for pair in apart:
             self._apart_until[pair] = max(self._apart_until.get(pair, 0.0), self.now() + 0.6)
-        self._apart_since = {pair: self._apart_since.get(pair, self.now()) for pair in apart}
 
     def _note_apart_from(self, name: str) -> None:
         for other in self.clocks:
@@ -298,10 +304,10 @@ class SimulatedCluster:
 
     def is_minority(self, name: str) -> bool:
         life = self.lives.get(name)
-        if life is None or self.clones or len(life.replica.view.known) < len(self.clocks):
+        if life is None or len(life.replica.view.known) < len(self.clocks):
             return False
-        # looked at anew: what is noted was seen at the last tick, and a node may have come back since
-        far = sum(1 for pair in self._pairs_apart(name) if self.now() - self._apart_since.get(pair, self.now()) >= 6.0)
+        others = (other for other in self.clocks if other != name)
+        far = sum(1 for other in others if self.now() - self._beat_at.get((other, name), -1e9) >= 6.0)
         return 2 * (len(self.clocks) - far) < len(self.clocks)
 
     def check(self) -> None:

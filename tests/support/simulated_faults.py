@@ -108,6 +108,8 @@ async def suspend(cluster: SimulatedCluster) -> None:
     if seconds > 1.2:
         cluster.note_pause(name)
     await asyncio.sleep(seconds)
+    if cluster.lives.get(name) is not life:
+        return  # it was killed meanwhile; one that was started since may be suspended by itself
     if seconds > BUS_GIVES_UP_S and life.bus.state == "connected":
         loop.thaw(name)
         cluster.hub.disconnect(life.bus)

@@ -12,7 +12,7 @@ from skulk.bus.memory_bus import MemoryBus, MemoryHub
 from skulk.bus.port import Call
 from skulk.bus.replica import Replica
 from skulk.bus.subjects import EVENT, MASTER_BEAT, NODE_BEAT, NODE_SNAPSHOT
-from skulk.cluster.fold import state_hash
+from skulk.cluster.fold import fold, state_hash
 from skulk.errors import UnavailableError
 from skulk.wire.beats import MasterBeat
 from skulk.wire.commands import Snapshot, SnapshotRequest
@@ -155,6 +155,22 @@ async def test_a_gap_in_the_log_is_healed_from_the_master() -> None:
         await speaker.publish(EVENT, record(event, 7), kind="instance_created", subject="i9")
         assert await replica.wait_for(STATE.position, 2.0)
         assert replica.view.state == STATE
+
+
+async def test_what_the_own_master_writes_is_folded_once_while_both_hold_the_same_state() -> None:
+    bus = MemoryBus(MemoryHub(), cluster="test")
+    replica = Replica(bus, bus.clock, state_of())
+    before = replica.view.state
+    created = record(InstanceCreated(instance=instance()), 1)
+    after = fold(before, created)
+    replica.write(created, before, after)
+    assert replica.view.state is after
+    assert replica.hash == state_hash(after)
+    assert replica.history(10) == (created,)
+    deleted = record(InstanceDeleted(instance_id="i1", deleted_at=1.0), 2)
+    replica.write(deleted, before, state_of())
+    assert replica.view.state == fold(after, deleted), "it stood elsewhere, and follows as any other node"
+    await bus.close()
 
 
 async def test_the_last_events_tell_what_a_command_became() -> None:

@@ -248,6 +248,15 @@ def test_a_round_of_a_higher_term_deposes_and_a_lower_one_does_not() -> None:
     assert tell([*CAMPAIGN, (1.6, GatherHeard(term(2)), ()), (1.7, PreVoteEnded(1), ())]).role == "follower"
 
 
+def test_who_asks_in_a_round_counts_as_a_master_until_it_leads_or_has_failed() -> None:
+    """A node that can't hear the candidate learns of it from those that can, and doesn't begin a term beside it."""
+    follower = tell([(0.0, BusChanged(True), ()), (0.5, GatherHeard(term(4)), ())])
+    assert answer(follower, 1.4).master == term(4)
+    assert answer(follower, 1.6).master is None
+    deposed = tell([*LEADING, (2.0, GatherHeard(term(4)), (SteppedDown(MINE),))])
+    assert answer(deposed, 2.5).master == term(4)
+
+
 def test_what_the_log_lacks_makes_a_master_repeat_the_round() -> None:
     lacked = TermSeen(term(4), is_unmerged=True)
     tell([*LEADING, (3.0, lacked, (Gather(3, term(5, "aaaa")),)), (3.1, lacked, ())])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skulk.cluster.fold import fold, state_hash
 from skulk.cluster.merge import merge
+from skulk.ids import commanded_instance_id
 from skulk.wire.events import (
     Event,
     InstanceAssigned,
@@ -18,13 +20,14 @@ from skulk.wire.events import (
 from skulk.wire.state import ClusterState, Drain, Term
 from tests.support.states import assignment, instance, record, state_of
 
-NAMES = ("i1", "i2", "i3")
+COMMANDED = commanded_instance_id("c1")
+NAMES = ("i1", "i2", "i3", COMMANDED)
 
 
 def event_of(kind: int, name: str, epoch: int) -> Event:
     match kind:
         case 0:
-            return InstanceCreated(instance=instance(name))
+            return InstanceCreated(instance=instance(name), command_id="c1")
         case 1:
             return InstanceAssigned(instance_id=name, assignment=assignment(name, epoch=epoch))
         case 2:
@@ -88,6 +91,23 @@ def test_a_deletion_beats_a_move_it_did_not_know_of_in_any_order() -> None:
     assert merge(a, b).instances == {}
     assert merge(merge(a, b), c).instances == merge(a, merge(b, c)).instances == merge(merge(a, c), b).instances
     assert merge(merge(a, b), c).instances == c.instances
+
+
+def test_a_deletion_covers_what_two_masters_made_of_one_command() -> None:
+    """Neither heard the other: the deletion of the one is below the birth at the other."""
+    created = InstanceCreated(instance=instance(COMMANDED), command_id="c1")
+    lower, higher = (Term(number=2, node_id=node, incarnation="1") for node in ("aaaa", "bbbb"))
+    deleted = run(state_of(), [created, InstanceDeleted(instance_id=COMMANDED, deleted_at=1.0)], lower)
+    twice = run(state_of(), [created], higher)
+    assert merge(deleted, twice).instances == {}
+    again = fold(deleted, record(created, deleted.position.seq + 1, lower))
+    assert again.instances == {}, "its id is never used again"
+
+
+def test_records_that_are_equal_are_no_conflict() -> None:
+    one = state_of(instance("i1", assigned=assignment()), seq=5)
+    other = msgspec.json.decode(msgspec.json.encode(one), type=ClusterState)
+    assert merge(one, other).instances["i1"] is one.instances["i1"]
 
 
 def test_a_stale_state_with_a_high_term_erases_nothing() -> None:

@@ -74,6 +74,20 @@ def test_a_node_that_was_started_again_with_an_earlier_clock_is_believed() -> No
     assert with_node_beat(before, restarted, 1.0).runners[ASSIGNED.runner_id].phase == "loading"
 
 
+def test_what_a_beat_says_twice_is_so_whatever_somebody_else_said_of_that_runner() -> None:
+    """A cloned home that stops tells its runners' end under the same names; the original's beats go on."""
+    told = with_runner_status(view_with("ready"), status(assignment(), "stopped", since=900.0))
+    once = with_node_beat(told, beat(runners=(status(assignment(), "refused", since=5.0),)), 1.0)
+    assert once.runners["i1-1"].phase == "stopped", "the beat may have been written before the status"
+    twice = with_node_beat(once, beat(runners=(status(assignment(), "refused", since=5.0),)), 2.0)
+    assert twice.runners["i1-1"].phase == "refused"
+
+
+def test_a_view_over_its_own_state_is_itself() -> None:
+    view = view_with("ready")
+    assert with_state(view, view.state) is view
+
+
 def test_a_later_life_counts_more_than_a_clock_that_was_set_back() -> None:
     before = with_runner_status(view_with(), status(ASSIGNED, "failed", since=900.0))
     again = with_runner_status(before, msgspec.structs.replace(status(ASSIGNED, "ready", since=5.0), restarts=1))

@@ -103,3 +103,19 @@ def test_room_is_made_by_as_few_as_needed_and_only_where_that_helps(
     assert fits_without(chosen)
     for one in chosen[:-1]:
         assert not fits_without(tuple(name for name in chosen if name != one)), f"{one} had not to leave"
+
+
+def test_beside_a_discrete_gpu_one_leaves_only_for_room_in_its_own_pool() -> None:
+    """The idle one computes on the processor: its leave gives the GPU's memory nothing."""
+    made, told = served("idle", idle_s=900.0, size=8 * GIB)
+    view = view_of((made, msgspec.structs.replace(told, backend="llama_cpp-cpu")), free=GIB)
+    node = view.nodes["aaaa"]
+    memory = msgspec.structs.replace(node.beat.memory, cpu_usable_bytes=GIB)
+    both = msgspec.structs.replace(node.beat, memory=memory, tags=("llama_cpp", "llama_cpp-cuda", "llama_cpp-cpu"))
+    view = msgspec.structs.replace(view, nodes={"aaaa": NodeView(beat=both, heard_at=0.0)})
+    idle = idle_instances(view, frozenset(), WALL)
+    wide = card("org/new", weights_bytes=5 * GIB)
+    anywhere = PlacementRequest(card=wide, context_length=2048, n_parallel=1)
+    assert [one.instance.instance_id for one in room_for(view, anywhere, idle, 0.0, 1)] == ["idle"]
+    on_gpu = msgspec.structs.replace(anywhere, card=msgspec.structs.replace(wide, backends=("llama_cpp-cuda",)))
+    assert room_for(view, on_gpu, idle, 0.0, 1) == ()

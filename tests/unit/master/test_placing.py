@@ -15,6 +15,7 @@ from skulk.errors import RequestError, SkulkError, UnavailableError
 from skulk.ids import commanded_instance_id
 from skulk.master.leader import Leader
 from skulk.master.replicas import MOST, parts_of
+from skulk.master.retiring import Retiring
 from skulk.wire.commands import DeleteInstance, PlacementReply, PlaceModel
 from skulk.wire.placement import PlacementDecision, PlacementRequest
 from tests.support.control_plane import FakeMachine, FakeNode, running_node
@@ -131,6 +132,21 @@ async def test_one_that_is_forced_is_placed_started_and_told_of(tmp_path: Path) 
         assert "forced though memory need 44" in warning
         async with asyncio.timeout(WAIT_S):
             await node.machine.supervised.wait()
+
+
+async def test_idle_models_leave_before_anything_is_forced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[PlacementRequest] = []
+
+    async def make_room(_: Retiring, request: PlacementRequest) -> bool:
+        asked.append(request)
+        return False
+
+    monkeypatch.setattr(Retiring, "make_room", make_room)
+    async with running_node(tmp_path, machine=FakeMachine(models=("org/wide",))) as node:
+        assert (await place(node, command("c1", WIDE, force=True))).warnings == ()
+        assert asked == [], "it fits"
+        assert (await place(node, command("c2", WIDE, force=True))).warnings
+        assert [(one.card.model_id, one.force) for one in asked] == [("org/wide", False)]
 
 
 async def test_an_answer_has_the_decision_with_a_report_for_every_node(tmp_path: Path) -> None:

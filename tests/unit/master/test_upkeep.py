@@ -114,6 +114,20 @@ def test_silence_of_a_node_that_this_master_never_heard_begins_with_its_first_lo
     assert with_missing(Upkeep(), view, 100.0).missing == {"aaaa": 100.0}
 
 
+def test_a_look_at_the_same_state_searches_nothing_again() -> None:
+    view = view_of("aaaa", "bbbb")
+    first = with_missing(Upkeep(), view, 100.0)
+    later = with_node_beat(view, beat("bbbb"), 101.0)
+    again = with_missing(first, later, 101.0)
+    assert again.placements is first.placements
+    assert again.placements is not None
+    assert [found.instance_id for found in again.placements.on_node["aaaa"]] == ["i1"]
+    moved = msgspec.structs.replace(view, state=state_of(instance()))
+    fresh = with_missing(again, moved, 102.0).placements
+    assert fresh is not None
+    assert ([found.instance_id for found in fresh.pending], fresh.on_node) == (["i1"], {})
+
+
 def test_a_drained_nodes_instance_moves_or_is_pending() -> None:
     drain = Drain(node_id="aaaa", since=0.0, reason="a new fan")
     event = due(view_of("aaaa", "bbbb", drain=drain), 101.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -145,7 +147,7 @@ def test_one_that_is_no_longer_wanted_holds_memory_of_the_pool_that_it_says() ->
     on_cpu = assign(place(cluster(GEFORCE), asked(EXPERTS), NOW), "i1", 1)
     leaving = msgspec.structs.replace(runner(on_cpu, "draining", memory_bytes=GIB), backend=CPU)
     view = cluster(with_beat(GEFORCE, runners=(leaving,)))
-    assert rooms(view)["c1"] == (int(10.8 * GIB), 20 * GIB - on_cpu.memory.need_bytes + GIB)
+    assert rooms(view) == ({"c1": int(10.8 * GIB)}, {"c1": 20 * GIB - on_cpu.memory.need_bytes + GIB})
 
 
 def test_the_node_admits_against_the_same_pool() -> None:
@@ -244,3 +246,8 @@ def test_never_beyond_the_pool_unless_it_is_forced_and_said(
         assert not report.warning or force
     else:
         assert not force
+
+
+@given(st.floats(1e-6, 1e6))
+def test_doublings_are_the_rounded_logarithm(tps: float) -> None:
+    assert abs(doublings(tps) - math.log2(tps)) <= 0.5 + 1e-9

@@ -10,19 +10,18 @@ from hypothesis import strategies as st
 from skulk.placement.fitting import (
     KV_SHARE,
     MIN_CONTEXT,
-    PARK_MAX,
-    PARK_SHARE,
+    Fitter,
     context_limit,
     fit_context,
     largest_context,
     least_need,
     smallest_context,
 )
-from skulk.placement.memory import CELL_STEP, estimate, is_streamed, round_up
+from skulk.placement.memory import CELL_STEP, PARK_MAX, PARK_SHARE, estimate, is_streamed, round_up
 from skulk.units import GIB, KIB, MIB
 from skulk.wire.beats import EngineFacts
 from skulk.wire.model import ModelCard
-from tests.support.machines import LARGE, MODELS, SMALL, TINY
+from tests.support.machines import FAMILIES, LARGE, MODELS, SMALL, TINY
 
 CPU = "llama_cpp-cpu"
 
@@ -45,6 +44,22 @@ def test_parked_states_take_what_is_left_up_to_a_share() -> None:
     large = fit_context(SMALL, room_bytes=96 * GIB, asked=None, n_parallel=16, backend=CPU)
     assert large is not None
     assert large.memory.park_bytes == PARK_MAX
+
+
+@given(
+    card=st.sampled_from(FAMILIES),
+    gib=st.floats(0, 400),
+    asked=st.none() | st.integers(1, 512),
+    n_parallel=st.sampled_from((1, 4, 16)),
+    backend=st.sampled_from((CPU, "mlx-metal")),
+)
+def test_room_enough_gives_what_that_very_room_would(
+    card: ModelCard, gib: float, asked: int | None, n_parallel: int, backend: str
+) -> None:
+    fitter = Fitter(card, asked, is_capped=True)
+    room_bytes = int(gib * GIB)
+    again = [fitter.fit(room_bytes, n_parallel, backend) for _ in range(2)]
+    assert again == [fitter._fitted(room_bytes, n_parallel, backend, EngineFacts())] * 2
 
 
 def test_plenty_of_room_gives_the_trained_context_and_full_streams() -> None:
