@@ -14,11 +14,12 @@ import argparse
 import asyncio
 import os
 import signal
+import socket
 import sys
 import tempfile
 import time
 from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -97,7 +98,7 @@ async def agreed(client: aiohttp.ClientSession, members: list[Member], wait_s: f
 @asynccontextmanager
 async def cluster(folder: Path, count: int) -> AsyncGenerator[list[Member]]:
     """Nodes that name each other."""
-    ports = [await _free_port() for _ in range(count)]
+    ports = _free_ports(count)
     peers = ",".join(f"127.0.0.1:{port}" for port in ports)
     members = [Member(folder / f"node{at}", port, peers) for at, port in enumerate(ports)]
     async with AsyncExitStack() as stack:
@@ -107,10 +108,12 @@ async def cluster(folder: Path, count: int) -> AsyncGenerator[list[Member]]:
         yield members
 
 
-async def _free_port() -> int:
-    server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
-    async with server:
-        return server.sockets[0].getsockname()[1]
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        holders = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for holder in holders:
+            holder.bind(("127.0.0.1", 0))
+        return [int(holder.getsockname()[1]) for holder in holders]
 
 
 async def measure(nodes: int, kills: int) -> list[float]:

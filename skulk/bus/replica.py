@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from skulk.bus.port import Bus, Received, Subscription
@@ -55,9 +55,19 @@ class Replica:
         state: what was known before, from disk.
         keeps: a node's: what it knows and the master doesn't is kept until the master has taken it in. A gateway's
             knows nothing that no node knows, and takes what the master says.
+        closed: since when the routes to a node are closed, by ``clock``; asked at each sweep.
     """
 
-    def __init__(self, bus: Bus, clock: Clock, state: ClusterState | None = None, *, keeps: bool = False) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        clock: Clock,
+        state: ClusterState | None = None,
+        *,
+        keeps: bool = False,
+        closed: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
+        self._closed = closed
         self._keeps = keeps
         self._bus = bus
         self._clock = clock
@@ -249,11 +259,13 @@ class Replica:
                 continue
             # a server that has stopped answering makes everybody behind it seem silent
             now = self._bus.heard_at
-            view = without_lost(self._view, now, self._silence_from)
+            view = without_lost(self._view, now, self._silence_from, self._closed())
             heard_at = max(view.master_heard_at, self._silence_from)
             if view.master is not None and now - heard_at >= MASTER_SILENT_S:
                 view = without_master(view)
             if view is not self._view:
+                if lost := sorted(self._view.nodes.keys() - view.nodes.keys()):
+                    log.warning("nodes that are lost, for they are silent: %s", ", ".join(lost))
                 self._set(view)
 
     async def _fetch_snapshots(self) -> None:

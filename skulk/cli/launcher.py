@@ -212,7 +212,14 @@ class _Launcher:
         bus = await self._connect(address)
         if self._settings.nats_url:
             await self._check_existing(bus)
-        replica = Replica(bus, self._clock, load_state(self._home, bus.cluster), keeps=True)
+        mesh = self._mesh
+        replica = Replica(
+            bus,
+            self._clock,
+            load_state(self._home, bus.cluster),
+            keeps=True,
+            closed=dict if mesh is None else lambda: mesh.closed,
+        )
         await replica.start()
         self._stack.push_async_callback(replica.close)
         self._bus, self._replica = bus, replica

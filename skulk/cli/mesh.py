@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +21,7 @@ import msgspec
 from skulk import __version__
 from skulk.cli.mesh_file import remove_mesh_file, write_mesh_file
 from skulk.clock import Clock
+from skulk.cluster.liveness import closed_since
 from skulk.discovery.addresses import is_loopback_route, local_addresses, route_text
 from skulk.discovery.adverts import Advert, fitting, proof_key, refusal_of, with_proof
 from skulk.discovery.mdns import Mdns
@@ -130,6 +131,7 @@ class Mesh:
         self.routes = own_routes(settings, self._port, addresses)
         self._dialled: dict[str, str] = {}
         self.joined: frozenset[str] = frozenset()
+        self.closed: Mapping[str, float] = {}
 
     @property
     def _port(self) -> int:
@@ -234,8 +236,10 @@ class Mesh:
         try:
             servers = await joined_servers(self._server.endpoint.monitor_port or 0)
         except OSError:
+            self.closed = {}
             return False
         self._dialled = {node_of_server(name): route for name, route in servers.items()}
+        self.closed = closed_since(self.closed, self.joined, self._dialled.keys(), self._clock.now())
         self.joined = frozenset(self._dialled)
         return True
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final, Literal
 
 import msgspec
 
-from skulk.cluster.liveness import NODE_LOST_S, NodeLiveness, node_liveness
+from skulk.cluster.liveness import NODE_CLOSED_S, NODE_LOST_S, NodeLiveness, node_liveness
 from skulk.wire.beats import MasterBeat, NodeBeat, RunnerStatus
 from skulk.wire.state import ClusterState, Drain, Instance
 
@@ -164,12 +165,23 @@ def with_master_beat(view: ClusterView, beat: MasterBeat, now: float) -> Cluster
     return msgspec.structs.replace(view, master=beat, master_heard_at=now)
 
 
-def without_lost(view: ClusterView, now: float, listening_since: float = 0.0) -> ClusterView:
+def without_lost(
+    view: ClusterView, now: float, listening_since: float = 0.0, closed: Mapping[str, float] | None = None
+) -> ClusterView:
     """The view without nodes that were silent for too long, and without their runners; itself where none is.
 
-    Silence before ``listening_since`` doesn't count: the observer couldn't hear.
+    Silence before ``listening_since`` doesn't count: the observer couldn't hear. ``closed``: since when a node's
+    routes are closed; one that comes back at once, as after the death of its nats-server, isn't lost.
     """
-    lost = {name for name, node in view.nodes.items() if now - max(node.heard_at, listening_since) >= NODE_LOST_S}
+
+    def is_lost(name: str, heard_at: float) -> bool:
+        silent_from = max(heard_at, listening_since)
+        closed_at = None if closed is None else closed.get(name)
+        return now - silent_from >= NODE_LOST_S or (
+            closed_at is not None and now - max(silent_from, closed_at) >= NODE_CLOSED_S
+        )
+
+    lost = {name for name, node in view.nodes.items() if is_lost(name, node.heard_at)}
     if not lost:
         return view
     known = {name: at for name, at in view.known.items() if now - at < KNOWN_S}

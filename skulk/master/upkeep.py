@@ -18,7 +18,7 @@ from typing import Final
 
 import msgspec
 
-from skulk.cluster.liveness import NODE_LOST_S
+from skulk.cluster.liveness import NODE_CLOSED_S, NODE_LOST_S
 from skulk.cluster.merge import TOMBSTONE_S
 from skulk.cluster.view import ClusterView, drain_of, runner_of
 from skulk.placement.decision import assign, place
@@ -111,11 +111,16 @@ def with_missing(upkeep: Upkeep, view: ClusterView, now: float) -> Upkeep:
     """The memory after a look at who is there. Cost: O(nodes), and O(instances) where the state has changed."""
     placements = placements_of(view.state, upkeep.placements)
     missing = {
-        node: upkeep.missing.get(node, now - NODE_LOST_S if node in upkeep.heard else now)
+        node: upkeep.missing.get(node, _silent_from(view, node, now) if node in upkeep.heard else now)
         for node in sorted(placements.on_node.keys() - view.nodes.keys())
     }
     heard = upkeep.heard if upkeep.heard >= view.nodes.keys() else upkeep.heard | view.nodes.keys()
     return msgspec.structs.replace(upkeep, placements=placements, missing=missing, heard=heard)
+
+
+def _silent_from(view: ClusterView, node: str, now: float) -> float:
+    """When a node that has just been lost was heard last: not before its silence began to count."""
+    return max(view.known.get(node, 0.0), now - NODE_LOST_S)
 
 
 def with_barred(upkeep: Upkeep, instance_id: str, node_id: str, now: float) -> Upkeep:
@@ -249,7 +254,8 @@ def _moved(
         if since is None:
             continue
         is_waited = instance.model_id in upkeep.waited and patience_s == rules.replace_after_s
-        if now - since < (min(NODE_LOST_S, patience_s) if is_waited else patience_s):
+        lost_s = NODE_CLOSED_S if instance.assignment.node_id in upkeep.heard else NODE_LOST_S
+        if now - since < (min(lost_s, patience_s) if is_waited else patience_s):
             continue
         moved = placement_of(upkeep, view, instance, now, rules)
         if moved is not None:

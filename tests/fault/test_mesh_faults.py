@@ -18,7 +18,7 @@ import pytest
 from skulk.supervision.nats_config import route_credentials
 from tests.support.bus import reached
 from tests.support.child_processes import no_process_left
-from tests.support.mesh import MeshNode, ending, free_ports, until_full, wait_for
+from tests.support.mesh import FULL_S, MeshNode, ending, free_ports, until_full, wait_for
 from tests.support.tcp_proxy import TcpProxy
 
 HEALED_S = 10.0
@@ -61,6 +61,10 @@ async def test_the_first_of_three_dies_and_the_others_restart_in_turn_and_then_a
             await asyncio.gather(two.start(), three.start())
             await until_full(first, two, three)
             await first.stop()
+            for node in (two, three):
+                await wait_for(
+                    lambda node=node: set(node.mesh.closed) == {"a"}, FULL_S, lambda: "its routes are closed"
+                )
             await until_full(two, three)
             for node in (two, three):
                 await node.stop()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 
 import pytest
@@ -52,12 +52,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @asynccontextmanager
 async def following(
-    hub: MemoryHub, clock: SteppingClock | None = None
+    hub: MemoryHub, clock: SteppingClock | None = None, closed: Callable[[], Mapping[str, float]] = dict
 ) -> AsyncGenerator[tuple[Replica, FrozenBus, MemoryBus]]:
     """A replica, its bus, and the bus of whoever speaks to it."""
     own = FrozenBus(hub, cluster="test", name="own", clock=clock or SteppingClock())
     speaker = MemoryBus(hub, cluster="test", name="speaker")
-    replica = Replica(own, own.clock)
+    replica = Replica(own, own.clock, closed=closed)
     await replica.start()
     task = asyncio.create_task(replica.run(), name="replica")
     try:
@@ -82,6 +82,16 @@ async def test_silence_loses_the_master_and_the_nodes() -> None:
     async with following(MemoryHub()) as (replica, _, speaker):
         await hear(replica, speaker)
         assert await replica.wait_until(lambda view: view.master is None and not view.nodes, 2.0)
+
+
+async def test_closed_routes_lose_a_node_before_its_silence_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skulk.cluster.view.NODE_LOST_S", 3600.0)
+    monkeypatch.setattr("skulk.cluster.view.NODE_CLOSED_S", 0.1)
+    closed: dict[str, float] = {}
+    async with following(MemoryHub(), closed=lambda: closed) as (replica, own, speaker):
+        await hear(replica, speaker)
+        closed["aaaa"] = own.clock.now()
+        assert await replica.wait_until(lambda view: not view.nodes, 2.0)
 
 
 async def test_a_server_that_froze_makes_nobody_silent() -> None:

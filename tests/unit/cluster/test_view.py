@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from skulk.cluster.liveness import node_liveness
+from skulk.cluster.liveness import closed_since, node_liveness
 from skulk.cluster.reconcile import difference, wanted_of
 from skulk.cluster.view import (
     ClusterView,
@@ -119,6 +119,25 @@ def test_lost_nodes_take_their_runners_with_them() -> None:
     assert without_lost(view, 15.0).nodes == {}
     assert without_lost(view, 15.0).runners == {}
     assert liveness_of(without_lost(view, 15.0), "aaaa", 15.0) == "lost"
+
+
+def test_a_node_is_lost_two_seconds_after_its_routes_closed() -> None:
+    view = with_node_beat(view_with(), beat(runners=(status(ASSIGNED),)), 10.0)
+    assert without_lost(view, 12.9, closed={"aaaa": 11.0}) is view, "closed for less than two seconds"
+    assert without_lost(view, 13.0, closed={"aaaa": 11.0}).nodes == {}
+    assert without_lost(view, 13.0, closed={"bbbb": 1.0}) is view
+    assert without_lost(view, 13.0, listening_since=11.1, closed={"aaaa": 11.0}) is view
+    heard = with_node_beat(view, beat(), 12.5)
+    assert without_lost(heard, 14.4, closed={"aaaa": 11.0}) is heard, "it has spoken since"
+
+
+def test_since_when_routes_are_closed() -> None:
+    closed = closed_since({}, {"aaaa", "bbbb"}, {"bbbb"}, 10.0)
+    assert closed == {"aaaa": 10.0}
+    assert closed_since(closed, {"bbbb"}, {"bbbb"}, 14.9) == {"aaaa": 10.0}
+    assert closed_since(closed, {"bbbb"}, {"aaaa", "bbbb"}, 11.0) == {}
+    assert closed_since(closed, {"bbbb"}, set(), 15.0) == {"bbbb": 15.0}, "by then it is lost by its silence"
+    assert closed_since(closed, {"aaaa"}, set(), 12.0) == {"aaaa": 10.0}
 
 
 def test_a_deleted_instance_takes_its_status_along_unless_its_node_still_has_the_runner() -> None:

@@ -73,6 +73,25 @@ def test_a_request_that_waits_moves_it_as_soon_as_the_node_is_lost() -> None:
     assert isinstance(due(view, 105.0, upkeep), InstanceAssigned)
 
 
+def test_a_node_whose_routes_closed_is_waited_for_from_its_last_beat() -> None:
+    """Whoever waits for its model has another node at once, the others after the whole time."""
+    view = view_of("aaaa", "bbbb")
+    upkeep = with_missing(Upkeep(waited=frozenset(("org/model",))), view, 100.0)
+    view = without_lost(with_node_beat(view, beat("bbbb"), 102.0), 102.0, closed={"aaaa": 100.0})
+    upkeep = with_missing(upkeep, view, 102.0)
+    assert upkeep.missing == {"aaaa": 100.0}
+    assert isinstance(due(view, 102.0, upkeep), InstanceAssigned)
+    assert due(view, 102.0, msgspec.structs.replace(upkeep, waited=frozenset())) is None
+
+
+def test_silence_counts_for_at_most_what_makes_a_node_lost() -> None:
+    """What was not heard while the own bus was away is nobody's silence."""
+    view = view_of("aaaa", "bbbb")
+    upkeep = with_missing(Upkeep(), view, 100.0)
+    view = without_lost(with_node_beat(view, beat("bbbb"), 200.0), 200.0, listening_since=195.0)
+    assert with_missing(upkeep, view, 200.0).missing == {"aaaa": 195.0}
+
+
 def test_a_minority_waits_two_minutes_whoever_waits() -> None:
     view, upkeep = seen_and_lost(view_of("aaaa", "bbbb", "cccc"), waited=("org/model",))
     assert is_minority(view)
