@@ -25,7 +25,7 @@ import msgspec
 from skulk.placement.prefixes import NOTHING_HELD, Held, Prefix
 
 PREFILL_TPS: Final = 200.0
-"""Prompt tokens a second of a replica that hasn't measured its own."""
+"""Prompt tokens a second where no replica has measured its own."""
 REQUEST_S: Final = 5.0
 """A request's time in a slot where none was measured."""
 _STEP: Final = 0x9E3779B97F4A7C15
@@ -94,7 +94,8 @@ def route(replicas: tuple[Replica, ...], prefix: Prefix, seed: int) -> tuple[Exp
         prefix: of the request's prompt.
         seed: any integer; equal input, equal order.
     """
-    expected = [expected_at(replica, prefix) for replica in sorted(replicas, key=lambda replica: replica.name)]
+    ordered = sorted(_with_usual(replicas), key=lambda replica: replica.name)
+    expected = [expected_at(replica, prefix) for replica in ordered]
     if len(expected) < 2:
         return tuple(expected)
     drawn = _two_of(len(expected), seed)
@@ -104,6 +105,18 @@ def route(replicas: tuple[Replica, ...], prefix: Prefix, seed: int) -> tuple[Exp
         considered.append(min((one for one in expected if one.cached == most), key=_soonest))
     first = min(considered, key=lambda one: one.first_token_s)
     return (first, *sorted((one for one in expected if one is not first), key=_soonest))
+
+
+def _with_usual(replicas: tuple[Replica, ...]) -> tuple[Replica, ...]:
+    """What a replica hasn't measured yet is taken to be as the others', so that a guess doesn't beat a measurement."""
+    speeds = [replica.prefill_tps for replica in replicas if replica.prefill_tps > 0.0]
+    times = [replica.request_s for replica in replicas if replica.request_s > 0.0]
+    tps = sum(speeds) / len(speeds) if speeds else PREFILL_TPS
+    time_s = sum(times) / len(times) if times else REQUEST_S
+    return tuple(
+        msgspec.structs.replace(replica, prefill_tps=replica.prefill_tps or tps, request_s=replica.request_s or time_s)
+        for replica in replicas
+    )
 
 
 def _soonest(one: Expected) -> tuple[float, str]:

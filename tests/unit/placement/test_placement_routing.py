@@ -58,6 +58,13 @@ def test_what_this_gateway_has_sent_counts_before_the_status_tells() -> None:
     assert first_of((changed(A, sent=3), changed(B, active=4)), prefix=SHORT) == "a"
 
 
+def test_a_guess_doesn_t_beat_a_measurement() -> None:
+    slow = changed(B, prefill_tps=20.0, request_s=60.0, held=THERE)
+    new = Replica(name="new", slots=4)
+    assert {first_of((new, slow), seed) for seed in range(20)} == {"b"}
+    assert {first_of((changed(new, active=1), changed(slow, held=Held())), seed) for seed in range(20)} == {"b"}
+
+
 def test_the_figures_of_an_expectation() -> None:
     free = expected_at(changed(A, active=2), NO_PREFIX)
     assert (free.wait_s, free.prefill_s) == (0.0, 1.0 / 500.0 * 1.5)
