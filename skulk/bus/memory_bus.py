@@ -183,13 +183,14 @@ class MemoryHub:
 
     def disconnect(self, bus: MemoryBus) -> None:
         """Breaks a client's connection; what is under way to it is lost."""
-        bus.memory.break_off("disconnected")
+        # what the client does about it is its own doing, whoever broke the connection
+        bus.memory.context.run(bus.memory.break_off, "disconnected")
 
     def reconnect(self, bus: MemoryBus) -> None:
         """Brings it back, its subscriptions included."""
         assert bus.state == "disconnected", bus.state
         bus.counters.reconnects += 1
-        bus.memory.connection.change("connected")
+        bus.memory.context.run(bus.memory.connection.change, "connected")
 
     def split(self, *sides: set[str]) -> None:
         """Cuts the hub into sides by the names of buses; those in no set are a side of their own."""

@@ -149,6 +149,8 @@ class Election(msgspec.Struct, frozen=True, kw_only=True):
         is_asking: a master's round is under way.
         insists: a former master, whose pre-vote yields to nobody but another master.
         silent_since: when a beat was last heard, or the silence clock restarted.
+        waits_until: a candidate that has yielded asks again then. Its silence counts on: who asks it meanwhile, and
+            can't hear whom it yields to, must yield to it.
         heard: the term of the master that was last heard, at ``heard_at``.
         rival: another master's term, first heard at ``rival_at``.
         unreachable: the master that others hear and this node doesn't; empty where there is none.
@@ -170,6 +172,7 @@ class Election(msgspec.Struct, frozen=True, kw_only=True):
     insists: bool = False
     is_connected: bool = False
     silent_since: float = 0.0
+    waits_until: float = 0.0
     heard: Term = NO_TERM
     heard_at: float = float("-inf")
     rival: Term = NO_TERM
@@ -271,7 +274,7 @@ def _ticked(state: Election, tick: Tick, now: float) -> Stepped:
             return restarted, ()
         asking, effects = _asking(msgspec.structs.replace(restarted, insists=True), now)
         return asking, (SteppedDown(state.term), *effects)
-    is_due = max(0.0, now - ticked.silent_since) >= state.patience_s
+    is_due = max(0.0, now - ticked.silent_since) >= state.patience_s and now >= state.waits_until
     if state.role != "follower" or not (is_due and state.can_lead and state.is_connected):
         return ticked, ()
     return _asking(ticked, now)
@@ -293,12 +296,11 @@ def _pre_vote_ended(state: Election, ended: PreVoteEnded, now: float) -> Stepped
     alive = [told.master for told in ended.answers if told.master is not None and told.master.node_id != state.node_id]
     if alive:
         unreachable = max(alive).node_id
-        waiting = _following(asked, now - state.patience_s + RETRY_S)
-        return msgspec.structs.replace(waiting, unreachable=unreachable), ()
+        return msgspec.structs.replace(_yielding(asked, now + RETRY_S), unreachable=unreachable), ()
     own_order = (state.is_partial, state.node_id)
     better = any(told.is_ready and (told.is_partial, told.node_id) < own_order for told in ended.answers)
     if better and not state.insists:
-        return _following(asked, now - state.patience_s + DEFER_S), ()
+        return _yielding(asked, now + DEFER_S), ()
     number = state.number + 1
     proposed = _next_term(asked)
     gathering = msgspec.structs.replace(
@@ -378,7 +380,13 @@ def _following(state: Election, silent_since: float) -> Election:
         rival=NO_TERM,
         unreachable="",
         silent_since=silent_since,
+        waits_until=0.0,
     )
+
+
+def _yielding(state: Election, until: float) -> Election:
+    """A follower that asks again at this time, unless it hears a beat before."""
+    return msgspec.structs.replace(_following(state, state.silent_since), waits_until=until)
 
 
 def _stepped_down(state: Election, term: Term) -> Stepped:

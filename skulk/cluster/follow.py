@@ -10,7 +10,7 @@ master's beat with another one              snapshot wanted
 snapshot of my position, another hash       taken: one of us has a defect
 snapshot above my position                  taken, if it lacks nothing of mine
 snapshot that lacks something of mine, or   not taken: my beat says `unmerged`, the master's next round merges it
-of an older term
+of an older term, or with a lower seq
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def follow_snapshot(state: ClusterState, own_hash: str, snapshot: ClusterState, 
     if snapshot.position < state.position and snapshot.position.term == state.position.term:
         # events have overtaken it
         return Followed(state=state)
-    if snapshot.position < state.position or lacks(snapshot, state, wall):
+    is_behind = snapshot.position < state.position or snapshot.position.seq < state.position.seq
+    if is_behind or lacks(snapshot, state, wall):
         return Followed(state=state, is_unmerged=True)
     return Followed(state=snapshot)

@@ -123,6 +123,7 @@ def test_the_first_in_order_campaigns(other: PreVoted, yields: bool) -> None:
     if yields:
         state, effects = step(state, Tick(), 2.4)
         assert effects == ()
+        assert answer(state, 2.4).is_ready, "who can't hear the better one yields to this one"
         assert step(state, Tick(), 2.7)[1] == (AskOthers(2),)
 
 

@@ -101,6 +101,11 @@ def test_a_higher_term_is_kept_until_the_master_is_above_it() -> None:
     assert followed(own, state_of(seq=9)) == Followed(state=own, is_unmerged=True)
 
 
+def test_a_higher_seq_is_kept_until_the_master_is_above_it() -> None:
+    own = state_of(seq=9)
+    assert followed(own, state_of(seq=4, term=NEXT)) == Followed(state=own, is_unmerged=True)
+
+
 def test_an_old_version_and_a_deleted_instance_are_nothing_that_is_lacked() -> None:
     older = instance("i1", assigned=assignment("i1", epoch=1))
     newer = instance("i1", assigned=assignment("i1", epoch=2))
