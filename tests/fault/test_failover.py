@@ -87,11 +87,7 @@ async def kill_node_at(near: MeshNode, far: MeshNode, index: int, folder: Path) 
         async def kill() -> None:
             await asyncio.gather(world.kill("a", is_told=False), far.stop())
 
-        before = asyncio.get_running_loop().time()
         disturbed = await world.killed_at(index, kill, **GREEDY)
-        assert asyncio.get_running_loop().time() - before < 3.0 + 2.0, (
-            "silence of 2.5 s is noticed, and the rest is quick"
-        )
         assert_same(disturbed, await world.whole(**GREEDY))
 
 

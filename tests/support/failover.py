@@ -37,6 +37,7 @@ from skulk.wire.base import ErrorBody
 from skulk.wire.beats import RunnerStatus
 from skulk.wire.events import InstanceAssigned, InstanceCreated
 from skulk.wire.runner import RunnerSpec
+from skulk.wire.state import Instance
 from tests.support.http import FakeCluster, chat_body, events_of, spec
 from tests.support.runner_processes import child_of
 from tests.support.runners import spec_of
@@ -227,6 +228,13 @@ def _watch(world: Replicas) -> None:
         return await find(run, *rest)
 
     world.dispatcher._find = noted
+    ordered = world.dispatcher._router.ordered
+
+    def by_name(*known: Any) -> tuple[Instance, ...]:
+        """The one that is to die is asked first, whatever speaks for another one."""
+        return tuple(sorted(ordered(*known), key=lambda instance: instance.instance_id))
+
+    world.dispatcher._router.ordered = by_name
 
 
 def _note(cluster: FakeCluster, heard: Received[RunnerStatus]) -> None:
