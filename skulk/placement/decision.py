@@ -328,16 +328,11 @@ def _small_gpu(request: PlacementRequest, node: NodeView, backend: str) -> str:
 def _sized(question: _Question, node: NodeView, ranked: Ranked, warning: str) -> NodeReport:
     """Filter j., and the score of what passes it; ``warning``: what was let pass before."""
     have = question.rooms.of(node.beat.node_id, ranked.backend)
-    card, asked, fitter = question.request.card, question.request.context_length, question.fitter
-    fit: Fit | None = None
-    # what hasn't room for the weights hasn't room for fewer sequences beside them
-    for width in question.widths if have >= fitter.least_bytes(ranked.backend) else ():
-        fit = fitter.fit(have, width, ranked.backend, node.beat.engine)
-        if fit is not None and (asked is None or fit.context_length >= fitter.most):
-            break
-    else:
+    card, asked = question.request.card, question.request.context_length
+    fit, smaller = _widest(question, node, ranked.backend, have)
+    if fit is None:
         need = question.least_need(ranked.backend, node.beat.engine)
-        short = f"memory need {format_bytes(need.need_bytes)} have {format_bytes(have)}{_offer(fit)}"
+        short = f"memory need {format_bytes(need.need_bytes)} have {format_bytes(have)}{_offer(smaller)}"
         if not question.request.force:
             return NodeReport(
                 node_id=node.beat.node_id,
@@ -362,6 +357,22 @@ def _sized(question: _Question, node: NodeView, ranked: Ranked, warning: str) ->
         score=_score(question, node, ranked, fit, have, fits=not warning),
         warning=f"{node.beat.name or node.beat.node_id}: forced though {warning}" if warning else "",
     )
+
+
+def _widest(question: _Question, node: NodeView, backend: str, have: int) -> tuple[Fit | None, Fit | None]:
+    """What was asked for with the most sequences side by side that fit; where nothing does, the smaller one beside."""
+    fitter, widths, engine = question.fitter, question.widths, node.beat.engine
+    if have < fitter.least_bytes(backend):
+        return None, None
+    fit: Fit | None = None
+    for width in widths:
+        fit = fitter.fit(have, width, backend, engine)
+        if fit is not None and (question.request.context_length is None or fit.context_length >= fitter.most):
+            return fit, None
+        # where one sequence has no room, two have none
+        if fit is None and width == widths[0] and fitter.fit(have, widths[-1], backend, engine) is None:
+            return None, None
+    return None, fit
 
 
 def _narrower(n_parallel: int) -> tuple[int, ...]:

@@ -154,14 +154,17 @@ class _Inverse(NamedTuple):
 class _Need(NamedTuple):
     """What a unified cache needs, lowest piece first: by headroom, by process (without the node's part); its KV alone.
 
-    ``kv_slope``: 32nds of a byte that each cell beyond any window adds to it; ``least_bytes``: less than any context
-    needs.
+    Attributes:
+        kv_slope: 32nds of a byte that each cell beyond any window adds to it.
+        capped_cells: those of the most KV that a model of this size may have beyond one context.
+        least_bytes: less than any context needs.
     """
 
     headed: tuple[_Inverse, ...]
     worked: tuple[_Inverse, ...]
     kv: tuple[_Inverse, ...]
     kv_slope: int
+    capped_cells: int
     least_bytes: int
 
 
@@ -179,6 +182,7 @@ class Fitter:
         self._most_kv: Final = max(KV_FREE, KV_WEIGHTS * card.weights_bytes) if is_capped else _NO_END
         self.most: Final = largest_context(card, asked)
         self._least: Final = min(smallest_context(card, None), self.most)
+        self._least_cells: Final = round_up(self._least)
         self._needs: dict[tuple[int, str, bool, int], _Need] = {}
         wide = card.kv_bytes_per_token - card.window_kv_bytes_per_token
         # of the largest context, by the smallest type of cache there is
@@ -213,21 +217,25 @@ class Fitter:
         key = (engine.ubatch, engine.kv_type, is_mlx, n_parallel)
         need = self._needs.get(key)
         if need is None:
-            need = self._needs[key] = _need_of(self.card, n_parallel, engine, is_mlx=is_mlx)
+            need = self._needs[key] = _need_of(self.card, n_parallel, engine, self._most_kv, is_mlx=is_mlx)
         if room_bytes < need.least_bytes:
             return None
         most = self._most_unified(need, room_bytes, n_parallel, backend, engine)
-        if most < round_up(self._least):
+        if most < self._least_cells:
             return None
-        context = min(most, self.most)
-        share = min(room_bytes // KV_SHARE, self._most_kv)
+        context = min(self.most, most)
+        share = room_bytes // KV_SHARE
+        if share >= self._most_kv:
+            share, cells_of_share = self._most_kv, need.capped_cells
+        else:
+            cells_of_share = _most_cells(need.kv, share)
         single = round_up(context)
         found = None
         if n_parallel * single * need.kv_slope // 32 <= share:
             found = self._streams(context, n_parallel, backend, engine, room_bytes, share)
         if found is None:
-            shared = min(most, n_parallel * single - CELL_STEP, _most_cells(need.kv, share))
-            cells = max(single, round_down(shared))
+            shared = round_down(min(most, n_parallel * single - CELL_STEP, cells_of_share))
+            cells = max(single, shared)
             found = cells, estimate(self.card, context, n_parallel, cells, backend, engine, parks_in=room_bytes)
         kv_cells, memory = found
         assert memory.need_bytes <= room_bytes
@@ -272,7 +280,7 @@ def _most_cells(lines: Sequence[_Inverse], room_bytes: int) -> int:
     return 0
 
 
-def _need_of(card: ModelCard, n_parallel: int, engine: EngineFacts, *, is_mlx: bool) -> _Need:
+def _need_of(card: ModelCard, n_parallel: int, engine: EngineFacts, most_kv: int, *, is_mlx: bool) -> _Need:
     """The formulas of `memory.estimate` for a unified cache of at least one step's rows."""
     rows = round_up(engine.ubatch)
     lines = [_lines(card, n_parallel, engine, low=rows, high=_NO_END, narrow=(0, 0), is_mlx=is_mlx)]
@@ -282,7 +290,8 @@ def _need_of(card: ModelCard, n_parallel: int, engine: EngineFacts, *, is_mlx: b
         if end > rows:
             lines.insert(0, _lines(card, n_parallel, engine, low=rows, high=end, narrow=(1, 0), is_mlx=is_mlx))
     headed, worked, kv = (tuple(line.inverse() for line in kind) for kind in zip(*lines, strict=True))
-    return _Need(headed, worked, kv, lines[-1][2].kv_slope, weights_with_headroom(card, is_mlx=is_mlx))
+    least = weights_with_headroom(card, is_mlx=is_mlx)
+    return _Need(headed, worked, kv, lines[-1][2].kv_slope, _most_cells(kv, most_kv), least)
 
 
 def _lines(
