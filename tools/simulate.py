@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +26,10 @@ sys.path.insert(0, str(ROOT))
 from tests.support.simulated_faults import run  # noqa: E402 - the tests' package lies beside this folder
 from tests.support.simulated_mutants import MUTANTS, Mutant  # noqa: E402
 from tests.support.simulated_story import told  # noqa: E402
+from tests.support.simulated_streams import run_streams  # noqa: E402
+
+# each seed tells one of each
+STORIES = {"cluster": run, "streams": run_streams}
 
 
 def main(arguments: list[str]) -> int:
@@ -48,7 +52,7 @@ def main(arguments: list[str]) -> int:
     return run_seeds(range(flags.first, flags.first + flags.seeds), flags.jobs)
 
 
-def failure_of(seed: int) -> str:
+def failure_of(seed: int, run: Callable[[int], None]) -> str:
     """What a seed's run fails with; empty where it holds."""
     try:
         run(seed)
@@ -61,7 +65,8 @@ def run_one(seed: int, *, story: bool) -> int:
     """One seed, with its story or only its failure."""
     try:
         with told(print if story else None):
-            run(seed)
+            for run in STORIES.values():
+                run(seed)
     except Exception:  # noqa: BLE001
         traceback.print_exc()
         return 1
@@ -83,7 +88,9 @@ def run_seeds(seeds: range, jobs: int) -> int:
 
 
 def _failures(seeds: range) -> list[tuple[int, str]]:
-    return [(seed, why) for seed in seeds if (why := failure_of(seed))]
+    return [
+        (seed, f"{name}: {why}") for seed in seeds for name, run in STORIES.items() if (why := failure_of(seed, run))
+    ]
 
 
 def run_mutants(names: list[str], jobs: int) -> int:
@@ -101,14 +108,14 @@ def run_mutants(names: list[str], jobs: int) -> int:
 
 def _hunt(mutant: Mutant) -> str:
     with mutant.applied():
-        for seed, why in _first_failures():
+        for seed, why in _first_failures(mutant):
             return f"{mutant.name:18} seed {seed:4}  {why[:110]}"
     return f"{mutant.name:18} survived {MUTANT_SEEDS} seeds: {mutant.rule}"
 
 
-def _first_failures() -> Iterator[tuple[int, str]]:
-    for seed in range(MUTANT_SEEDS):
-        if why := failure_of(seed):
+def _first_failures(mutant: Mutant) -> Iterator[tuple[int, str]]:
+    for seed in range(mutant.first, mutant.first + MUTANT_SEEDS):
+        if why := failure_of(seed, mutant.run):
             yield seed, why
 
 

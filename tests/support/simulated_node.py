@@ -7,6 +7,7 @@ import contextvars
 import math
 import random
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 
 import msgspec
@@ -14,8 +15,10 @@ import msgspec
 from skulk.bus.memory_bus import MemoryBus, MemoryHub
 from skulk.bus.replica import Replica
 from skulk.cluster.reconcile import Wanted
+from skulk.cluster.view import ClusterView
 from skulk.errors import StartError, UnavailableError, first_of
 from skulk.master.master import Master
+from skulk.master.upkeep import Rules, decision_on
 from skulk.node.hosting import Hosting, Prepared, ProcessReport
 from skulk.node.identity import NodeIdentity
 from skulk.node.node import Measured, Node, NodeRoles
@@ -23,7 +26,7 @@ from skulk.node.storage import StateFile
 from skulk.wire.base import PROTOCOL
 from skulk.wire.beats import DiskFacts, MemoryFacts, SystemFacts
 from skulk.wire.model import HeldModel
-from skulk.wire.state import ClusterState
+from skulk.wire.state import ClusterState, Instance
 from tests.support.states import GIB
 from tests.support.virtual_time import OWNER, VirtualClock, VirtualLoop
 
@@ -75,8 +78,9 @@ class Process:
             self._machine.take(assignment.runner_id, assignment.memory.need_bytes // 2)
             await asyncio.sleep(self._machine.dice.uniform(0.1, 2.0))
             self._machine.take(assignment.runner_id, assignment.memory.need_bytes)
-            self._on_ready(self._wanted)
-            await self._stopped.wait()
+            async with self._machine.serving(self._wanted):
+                self._on_ready(self._wanted)
+                await self._stopped.wait()
         finally:
             self._machine.used.pop(assignment.runner_id, None)
 
@@ -101,6 +105,7 @@ class Machine:
         self.beyond: str = ""
         self.quarantined: dict[str, str] = {}
         self.on_ready: Callable[[Wanted], None] = lambda wanted: None
+        self.serving: Callable[[Wanted], AbstractAsyncContextManager[object]] = nullcontext
 
     def take(self, runner_id: str, size: int) -> None:
         self.used[runner_id] = size
@@ -196,6 +201,15 @@ class Life:
     @property
     def state(self) -> ClusterState:
         return self.master.state or self.replica.view.state
+
+    def fits(self, view: ClusterView, instance: Instance, refused: set[tuple[str, str]]) -> bool:
+        """Whether an instance fits where the master may try it; ``refused``: by whom, in nodes' own words."""
+        leader = self.master._leader
+        assert leader is not None
+        name, upkeep = instance.instance_id, leader._upkeep
+        barred = {node: found for node, found in upkeep.barred.get(name, {}).items() if (name, node) in refused}
+        upkeep = msgspec.structs.replace(upkeep, barred={name: barred})
+        return decision_on(upkeep, view, instance, self.bus.clock.now(), Rules()).outcome == "placed"
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()

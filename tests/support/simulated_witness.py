@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from skulk.bus.subjects import EVENT, MASTER_BEAT, NODE_BEAT
+from skulk.bus.subjects import EVENT, MASTER_BEAT, NODE_BEAT, RUNNER_STATUS
 from skulk.bus.transport import Raw
 from skulk.master.upkeep import MINORITY_WAIT_S
 from skulk.wire.base import decode
+from skulk.wire.beats import RunnerStatus
 from skulk.wire.events import EventRecord, InstanceAssigned, InstanceCreated, TermBegan
 from skulk.wire.state import Position, Term
 
@@ -57,6 +58,7 @@ class Witness:
         self.writers: dict[Term, str] = {}
         self.hashes: dict[Position, str] = {}
         self.created: dict[str, set[str]] = {}
+        self.refused: set[tuple[str, str]] = set()
         self.failure: AssertionError | None = None
         self._last: Raw | None = None
 
@@ -84,8 +86,11 @@ class Witness:
             beat = decode(message.body, MASTER_BEAT.payload)
             self._writes(beat.term, sender)
             self._stands(beat.position, beat.state_hash)
+        elif (plane, noun) == ("status", "runner"):
+            self._note_refusals((decode(message.body, RUNNER_STATUS.payload),))
         elif (plane, noun) == ("beat", "node"):
             told = decode(message.body, NODE_BEAT.payload)
+            self._note_refusals(told.runners)
             is_ahead = told.position.term.incarnation == told.incarnation and told.position.term not in self._began
             if not is_ahead:  # its own beat may overtake the first word of its own term
                 self._seqs[told.incarnation] = max(self._seqs.get(told.incarnation, 0), told.position.seq)
@@ -114,6 +119,9 @@ class Witness:
             is_hasty = silent_s < MINORITY_WAIT_S and self._scene.is_minority(sender)
             assert not is_hasty, f"{sender} places {event.instance_id} again, with a minority"
         assert not self._scene.is_stale(record, sender), f"{sender} goes on with {term} after a pause"
+
+    def _note_refusals(self, statuses: tuple[RunnerStatus, ...]) -> None:
+        self.refused.update((one.instance_id, one.node_id) for one in statuses if one.phase == "refused")
 
     def _writes(self, term: Term, sender: str) -> None:
         assert self.writers.setdefault(term, sender) == sender, f"two writers of {term}: {self.writers[term]}, {sender}"

@@ -84,13 +84,21 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
 
 class VirtualClock:
-    """The clocks of such a loop. ``wall_offset_s``: what a test sets the wall clock forward or back."""
+    """The clocks of such a loop.
 
-    def __init__(self) -> None:
+    ``wall_offset_s``: what a test sets the wall clock forward or back. ``rate``: how fast both go; 1 is right.
+    """
+
+    def __init__(self, rate: float = 1.0) -> None:
         self.wall_offset_s = 0.0
+        self.rate = rate
 
     def now(self) -> float:
-        return asyncio.get_running_loop().time()
+        return asyncio.get_running_loop().time() * self.rate
 
     def wall(self) -> float:
         return EPOCH_S + self.now() + self.wall_offset_s
+
+    def true_time(self, wall: float) -> float:
+        """The loop's time at which this wall clock shows ``wall``."""
+        return (wall - EPOCH_S - self.wall_offset_s) / self.rate

@@ -102,9 +102,9 @@ def test_the_counts_leave_out_docstrings_and_blank_lines() -> None:
 def test_no_function_is_too_long_but_one_of_a_module_that_says_why() -> None:
     wrong: list[str] = []
     for module in modules():
-        long = [
-            node for node in functions(module) if counted_lines(module, node.lineno, last_line(node)) > FUNCTION_LINES
-        ]
+        # most are short, blank lines and docstrings included
+        tall = [node for node in functions(module) if last_line(node) - node.lineno >= FUNCTION_LINES]
+        long = [node for node in tall if counted_lines(module, node.lineno, last_line(node)) > FUNCTION_LINES]
         excused = [node for node in long if LONG.search(module.lines[node.lineno - 1])]
         wrong += [f"{module.name}:{node.lineno} {node.name}" for node in long if node not in excused[:1]]
     assert not wrong, "\n".join(wrong)
