@@ -100,6 +100,7 @@ def test_nodes_of_one_network_find_each_other_and_follow_an_address(tmp_path: Pa
         until(lambda: is_full(nodes), JOIN_S, nodes)
         told = f"{two.host.address}:52416"
         until(lambda: one.peers()[two.node_id]["route"] == told, JOIN_S, nodes)
+        until((one.home / "node.json").exists, JOIN_S, nodes)
         assert f"node {two.node_id} is joined at {told}" in one.doctor()
         two.host.move(12)
         conf = one.home / "nats" / "nats.conf"
