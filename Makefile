@@ -44,7 +44,7 @@ test-engine: dev ## compare the engine's answers with and without reuse on the w
 test-failover: dev ## kill a runner, and a node, at every token of an answer, real model included (half an hour; no part of `test`)
 	@$(BIN)/python -m pytest -q tests/exhaustive/test_failover_whole.py
 
-test-faults: dev ## whole nodes through a standstill, a restart of all and a split network (minutes; as root; no part of `test`)
+test-faults: dev ## whole nodes through a standstill, crash loops, a restart of all, split networks (minutes; as root; no part of `test`)
 	@$(BIN)/python -m pytest -q -rs tests/exhaustive/test_cluster_whole.py tests/mesh
 
 lint: dev ## check style, format, types, imports and tidiness

@@ -51,18 +51,20 @@ class Member:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("SKULK_")}
         words = ("--no-worker", "--no-mdns", "--api-host", "127.0.0.1", "--api-port", "0", "--nats-port", "0")
         words = (*words, "--files-port", "0", "--route-port", str(self.route_port), "--bootstrap-peers", self.peers)
-        self.process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "skulk", "up", *words, "--home", str(self.home)),
-            env=environ,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-        )
+        told = self.home.with_suffix(".log")
+        with told.open("wb") as log:
+            self.process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "skulk", "up", *words, "--home", str(self.home)),
+                env=environ,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+            )
         assert self.process.stdout is not None
         async with asyncio.timeout(START_S):
             while b"is up" not in (line := await self.process.stdout.readline()):
                 if not line:
-                    raise SystemExit(f"a node ended at its start: {self.home}")
+                    raise SystemExit(f"a node ended at its start: {told.read_text()[-2000:]}")
         self.facts = msgspec.json.decode((self.home / "node.json").read_bytes())
 
     async def end(self, number: signal.Signals) -> None:

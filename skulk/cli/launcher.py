@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +22,7 @@ from skulk.bus.nats_bus import NatsBus, parse_addresses
 from skulk.bus.permissions import check_permissions, probe_permissions
 from skulk.bus.replica import Replica
 from skulk.bus.subjects import MASTER_PLACE
+from skulk.cli.ensuring import ensure_now, keep_ensuring
 from skulk.cli.gateway_watch import GatewayWatch
 from skulk.cli.leaving import leave
 from skulk.cli.mesh import Mesh, known_at_start, routes_of
@@ -134,7 +135,7 @@ async def launch(settings: Settings) -> AsyncGenerator[Running]:
         cards = [await card_of(settings, catalogue, model_id) for model_id in settings.place]
         launcher = _Launcher(settings, clock, identity, catalogue, running, stack)
         await launcher.start()
-        running.placed = tuple([await launcher.ensure(PlacementRequest(card=card)) for card in cards])
+        await launcher.place([PlacementRequest(card=card) for card in cards])
         yield running
 
 
@@ -245,8 +246,13 @@ class _Launcher:
     def _masters(self) -> Masters:
         return Masters(self._bus, self._replica, self._clock, self._identity.node_id)
 
-    async def ensure(self, request: PlacementRequest) -> PlacementReply:
-        """Sees to it that a model has at least one instance."""
+    async def place(self, requests: Sequence[PlacementRequest]) -> None:
+        """Sees to it that each model has at least one instance; later, where no master can be asked now."""
+        self._running.placed, left = await ensure_now(self._ensure, requests)
+        if left:
+            self._spawn("place", keep_ensuring(self._ensure, left))
+
+    async def _ensure(self, request: PlacementRequest) -> PlacementReply:
         command = PlaceModel(command_id=new_id(), request=request, ensure=True)
         return await self._masters().ask(MASTER_PLACE, command, timeout_s=PLACE_TIMEOUT_S)
 

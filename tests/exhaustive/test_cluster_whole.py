@@ -1,12 +1,14 @@
-"""Whole nodes through what lasts: one stands still, all of them go down, the network falls into halves and heals.
+"""Whole nodes through what lasts: one stands still, all of them go down, the network falls apart and heals.
 
-Not among the suites of `make test`: `make test-faults` runs it (minutes; the halves need root and network namespaces).
+Not among the suites of `make test`: `make test-faults` runs it (minutes; what cuts links needs root and namespaces).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -133,6 +135,35 @@ async def test_after_a_restart_of_everything_the_placements_come_back(tmp_path: 
                 assert set(state["instances"]) == instances
 
 
+async def test_a_runner_that_crashes_five_times_is_given_up_and_a_new_placement_is_not(tmp_path: Path) -> None:
+    with no_process_left():
+        async with whole_node(tmp_path / "home", "--place", MODEL) as one:
+            instance = await one.wait_ready()
+            expected = text_of([event async for event in one.stream(MESSAGES, **ASKED)])
+            told = await crash_until_given_up(one)
+            assert "5 crashes within 10 min: not started again" in told
+            assert "runner" not in one.children()
+            status, refused = await one.call("POST", "/v1/chat/completions", {"model": MODEL, "messages": MESSAGES})
+            assert (status, refused["error"]["code"]) == (502, "runner_failed"), refused
+            assert "not started again" in refused["error"]["message"]
+            assert (await one.call("DELETE", f"/instance/{instance}"))[0] == 200
+            await placed(one)
+            assert text_of([event async for event in one.stream(MESSAGES, **ASKED)]) == expected
+
+
+async def crash_until_given_up(one: WholeNode) -> str:
+    """Kills each new life of the only runner until there is none; what is told of it then."""
+    async with asyncio.timeout(SETTLE_S):
+        while True:
+            (runner,) = (await one.state())["runners"].values()
+            if "not started again" in (told := json.dumps(runner)):
+                return told
+            if (pid := one.children().get("runner")) is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            await asyncio.sleep(0.1)
+
+
 ASK = """
 import json, sys, urllib.request
 method, path, body = sys.argv[1], sys.argv[2], sys.argv[3].encode() or None
@@ -144,7 +175,8 @@ print(urllib.request.urlopen(asked, timeout=60).read().decode())
 def ask(one: HostNode, method: str, path: str, body: Any = None) -> Any:
     """One call of a host's API, from there."""
     command = [*one.host.prefix, sys.executable, "-c", ASK, method, path, "" if body is None else json.dumps(body)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, f"{method} {path}: {done.stderr[-1000:]}"
     return json.loads(done.stdout)
 
 
@@ -168,11 +200,45 @@ def settles(nodes: list[HostNode], is_so: Callable[[list[dict[str, Any]]], bool]
         time.sleep(0.2)
 
 
+def test_a_node_that_cannot_reach_the_master_serves_and_places_its_model_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.mesh.test_mesh_hosts.UP", ("up",))
+    with no_process_left(), lan(3) as hosts, ExitStack() as stack:
+        leads = stack.enter_context(node(hosts[0], tmp_path))
+        until((leads.home / "node.json").exists, JOIN_S, [leads])
+        between = stack.enter_context(node(hosts[1], tmp_path))
+        until(lambda: (between.home / "node.json").exists() and is_full([leads, between]), JOIN_S, [leads, between])
+        settles([leads, between], lambda states: {state["master"] for state in states} == {leads.node_id})
+        hosts[0].cut(hosts[2])
+        hosts[2].cut(hosts[0])
+        late = stack.enter_context(node(hosts[2], tmp_path, "--place", MODEL))
+        until((late.home / "node.json").exists, JOIN_S, [late])
+        until(lambda: "will be placed when a master can be asked" in told_by(late), JOIN_S, [late])
+        state = ask(late, "GET", "/state")
+        assert (state["master"], state["instances"]) == (None, {})
+        assert between.node_id in state["lastSeen"]
+        hosts[0].heal(hosts[2])
+        hosts[2].heal(hosts[0])
+        settles(
+            [leads, between, late],
+            lambda states: follow_one(states) and all(len(state["instances"]) == 1 for state in states),
+        )
+        (instance,) = ask(late, "GET", "/state")["instances"]
+        settles([late], lambda states: is_ready(states[0], instance))
+
+
+def told_by(one: HostNode) -> str:
+    """What a node has said so far."""
+    return (one.home.parent / f"{one.home.name}.log").read_text()
+
+
 def test_halves_go_on_apart_and_become_one_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.mesh.test_mesh_hosts.UP", ("up",))
     with no_process_left(), lan(4) as hosts, ExitStack() as stack:
         nodes = [stack.enter_context(node(host, tmp_path, SKULK_REPLACE_AFTER="4")) for host in hosts]
         until(lambda: is_full(nodes), JOIN_S, nodes)
+        until(lambda: all((one.home / "node.json").exists() for one in nodes), JOIN_S, nodes)
         names = [one.node_id for one in nodes]
         settles(
             nodes, lambda states: len({state["master"] for state in states}) == 1 and len(states[0]["lastSeen"]) == 4

@@ -160,6 +160,7 @@ class FakeNode:
         state: ClusterState | None = None,
         patience_s: float = 0.0,
         can_lead: bool = True,
+        master_heard_at: float | None = None,
     ) -> None:
         clock = bus.clock
         self.bus = bus
@@ -179,6 +180,7 @@ class FakeNode:
             state_file=state_file,
             authority=lambda: self.master.state,
             roles=lambda: NodeRoles(version="0.1.0", role="full"),
+            master_heard_at=master_heard_at,
         )
 
     async def run(self) -> None:

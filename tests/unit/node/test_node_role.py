@@ -11,7 +11,11 @@ from typing import Any, cast
 import msgspec
 import pytest
 
+from skulk.bus.memory_bus import MemoryHub
+from skulk.bus.subjects import MASTER_BEAT
 from skulk.clock import SystemClock
+from skulk.cluster.fold import state_hash
+from skulk.cluster.merge import TOMBSTONE_S
 from skulk.cluster.reconcile import Wanted
 from skulk.errors import SkulkError, StartError, UnavailableError
 from skulk.models.catalogue import Catalogue
@@ -21,10 +25,11 @@ from skulk.node.processes import SPINS_ALONE, SPINS_SHARED, BusAddress, LocalMac
 from skulk.node.quarantine import Quarantine
 from skulk.node.storage import StateFile, load_state
 from skulk.settings import Settings
+from skulk.wire.beats import MasterBeat
 from skulk.wire.model import ModelFile
-from tests.support.control_plane import FakeMachine, FakeNode, running_node
+from tests.support.control_plane import FakeMachine, FakeNode, FrozenBus, running_node
 from tests.support.gguf import write_model
-from tests.support.states import assignment, instance, state_of
+from tests.support.states import TERM, assignment, instance, state_of
 
 
 async def next_beat(node: FakeNode) -> float:
@@ -55,6 +60,50 @@ async def test_a_measurement_that_hangs_delays_no_beat(tmp_path: Path) -> None:
         assert await node.replica.wait_until(
             lambda view: view.nodes["aaaa"].beat.memory.total_bytes == machine.memory_bytes, 5.0
         )
+
+
+class DatedClock(SystemClock):
+    """A clock whose date a test sets."""
+
+    date = 1_000_000_000.0
+
+    def wall(self) -> float:
+        return self.date
+
+
+async def test_without_a_master_for_thirty_days_a_node_runs_nothing_until_it_hears_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("skulk.bus.replica.SWEEP_S", 0.01)
+    monkeypatch.setattr("skulk.bus.replica.MASTER_SILENT_S", 0.1)
+    monkeypatch.setattr("skulk.node.node.NODE_BEAT_S", 0.05)
+    state, clock, machine = state_of(instance(assigned=assignment())), DatedClock(), FakeMachine()
+    bus = FrozenBus(MemoryHub(), cluster="test", name="aaaa", clock=clock)
+    heard_at = clock.date - TOMBSTONE_S - 1.0
+    file = StateFile(tmp_path)
+    node = FakeNode(bus, file, "aaaa", machine, state=state, can_lead=False, master_heard_at=heard_at)
+    await node.replica.start()
+    task = asyncio.create_task(node.run(), name="fake-node")
+    try:
+        assert await node.replica.wait_until(lambda view: "aaaa" in view.nodes, 5.0)
+        await next_beat(node)
+        assert not machine.processes
+        word = MasterBeat(node_id="bbbb", term=TERM, position=state.position, state_hash=state_hash(state), at=0.0)
+        await bus.publish(MASTER_BEAT, word, node="bbbb")
+        await asyncio.wait_for(machine.supervised.wait(), 5.0)
+        (process,) = machine.processes.values()
+        assert await node.replica.wait_until(lambda view: view.master is None, 5.0)
+        clock.date += TOMBSTONE_S - 1.0
+        await next_beat(node)
+        await next_beat(node)
+        assert not process.stopped.is_set(), "that is not yet thirty days"
+        clock.date += 2.0
+        await asyncio.wait_for(process.stopped.wait(), 5.0)
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+        await node.replica.close()
+        await bus.close()
 
 
 async def test_a_state_that_cannot_be_written_is_written_later(
