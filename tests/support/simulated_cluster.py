@@ -251,15 +251,24 @@ class SimulatedCluster:
 
     def _note_apart(self) -> None:
         """Pairs that can't hear each other now, and half a second more: the next beat has to cross first."""
-        if self.is_rough or self.slow or self.clones:
+        if self.is_rough or self.slow or self._two_of_one():
             self.note_trouble(1.0)
         apart = {pair for name in self.clocks for pair in self._pairs_apart(name)}
         for pair in apart:
             self._apart_until[pair] = max(self._apart_until.get(pair, 0.0), self.now() + 0.6)
 
+    def _clone_lives(self) -> bool:
+        return any(clone.refusal is None for clone in self.clones)
+
+    def _two_of_one(self) -> bool:
+        """Whether a clone and its original both speak under one name."""
+        originals = ((clone, self.lives.get(clone.node_id)) for clone in self.clones if clone.refusal is None)
+        return any(original is not None and original.refusal is None for _, original in originals)
+
     def _note_apart_from(self, name: str) -> None:
         for other in self.clocks:
-            self._apart_until[frozenset((name, other))] = self.now() + 1.0
+            pair = frozenset((name, other))
+            self._apart_until[pair] = max(self._apart_until.get(pair, 0.0), self.now() + 1.0)
 
     def _pairs_apart(self, one: str) -> set[frozenset[str]]:
         assert self.loop is not None
@@ -279,6 +288,7 @@ class SimulatedCluster:
         """A node is suspended, or has lost its bus: the term that it leads now, if any, is over."""
         life = self.lives.get(name)
         self._paused_at[name] = self.now()
+        self._note_apart_from(name)  # its silence begins anew, however short the break
         if life is not None and life.is_leading:
             self._paused.setdefault(life.state.position.term, self.now())
 
@@ -346,7 +356,7 @@ class SimulatedCluster:
         reply = await self._ask(client, MASTER_PLACE, command)
         if isinstance(reply, PlacementReply) and reply.decision.outcome == "placed":
             self.told[reply.instance_id] = command.command_id
-            if self.clones:
+            if self._clone_lives():
                 # a clone that stops takes what only it knew along
                 self.unsure.add(reply.instance_id)
 
@@ -357,7 +367,7 @@ class SimulatedCluster:
         reply = await self._ask(
             client, MASTER_DELETE, DeleteInstance(command_id=f"c{self._asked}", instance_id=instance_id)
         )
-        if isinstance(reply, DeleteReply) and not self.clones:
+        if isinstance(reply, DeleteReply) and not self._clone_lives():
             self.deleted.add(instance_id)
 
     async def drain(self, client: Client, name: str, *, undo: bool) -> None:

@@ -57,6 +57,8 @@ from tests.support.virtual_time import VirtualClock, VirtualLoop
 
 MODEL: Final = MODELS[0]
 REQUEST_S: Final = 120.0
+BURST_S: Final = 1.0
+BURST_EVERY_S: Final = 3.0
 GAP_S: Final = 4.5
 """2.5 s of silence, the look for it, the question to the next runner and the prompt there."""
 GONE_S: Final = 6.5
@@ -243,7 +245,8 @@ class StreamCluster(SimulatedCluster):
         if not self.is_lossy or tokens[0] != "skulk" or not {"stream", "alive", "resend"} & set(tokens):
             return delays
         dice = self.random.random()
-        if dice < 0.1:
+        # messages are lost in bursts, as with a server that dies: a hole that may stay for 2.5 s is always mended
+        if self.now() % BURST_EVERY_S < BURST_S and dice < 0.5:
             return ()
         if dice < 0.2:
             return (*delays, self.random.uniform(0.0, 1.0))

@@ -10,7 +10,7 @@ from skulk.master.upkeep import MINORITY_WAIT_S
 from skulk.wire.base import decode
 from skulk.wire.beats import RunnerStatus
 from skulk.wire.events import EventRecord, InstanceAssigned, InstanceCreated, TermBegan
-from skulk.wire.state import Position, Term
+from skulk.wire.state import NO_TERM, Position, Term
 
 GRACE_S = 5.0
 ROUNDING_S = 1e-6
@@ -54,7 +54,7 @@ class Witness:
     def __init__(self, scene: Scene) -> None:
         self._scene = scene
         self._began: dict[Term, float] = {}
-        self._seqs: dict[str, int] = {}
+        self._seqs: dict[tuple[str, Term], int] = {}
         self.writers: dict[Term, str] = {}
         self.hashes: dict[Position, str] = {}
         self.created: dict[str, set[str]] = {}
@@ -92,15 +92,17 @@ class Witness:
             told = decode(message.body, NODE_BEAT.payload)
             self._note_refusals(told.runners)
             is_ahead = told.position.term.incarnation == told.incarnation and told.position.term not in self._began
-            if not is_ahead:  # its own beat may overtake the first word of its own term
-                self._seqs[told.incarnation] = max(self._seqs.get(told.incarnation, 0), told.position.seq)
+            # its own beat may overtake the first word of its own term: it counts for the terms after that one
+            key = (told.incarnation, told.position.term if is_ahead else NO_TERM)
+            self._seqs[key] = max(self._seqs.get(key, 0), told.position.seq)
             self._stands(told.position, told.state_hash)
 
     def _event(self, sender: str, record: EventRecord) -> None:
         term, event, now = record.position.term, record.event, self._scene.now()
         if isinstance(event, TermBegan):
             self._began[term] = now
-            before = self._seqs.get(term.incarnation, 0)
+            own = (seq for (one, other), seq in self._seqs.items() if one == term.incarnation and other != term)
+            before = max(own, default=0)
             assert record.position.seq > before, f"{term} begins at {record.position.seq}, its node stood at {before}"
             others = (known for known in self._began if known.number == term.number and known.node_id != term.node_id)
             for other in others:
