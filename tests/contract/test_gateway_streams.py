@@ -32,6 +32,7 @@ from tests.support.http import (
     events_of,
     hold,
     running_gateway,
+    spec,
     two_words,
 )
 from tests.support.nats import NatsServer
@@ -230,6 +231,7 @@ async def test_a_full_runner_is_429_with_retry_after_and_another_one_is_asked_fi
 
 
 async def test_keep_alives_come_while_nothing_else_does(tmp_path: Path) -> None:
+    assert spec(tmp_path).keep_alive_s == 10.0, "unless told otherwise; clients give up after 120 s of silence"
     async with running_gateway(tmp_path, keep_alive_s=0.05) as gateway:
         runner = await gateway.serve_model()
         go_on = asyncio.Event()
