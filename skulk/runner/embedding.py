@@ -75,6 +75,11 @@ class EmbedDesk:
         return len(self._calls)
 
     @property
+    def waiting(self) -> int:
+        """Inputs that are read and in no batch yet."""
+        return len(self._waiting)
+
+    @property
     def handlers(self) -> dict[Endpoint[Any, Any], Callable[[Call[Any]], Awaitable[Any]]]:
         """The runner's endpoints that are answered here."""
         return {RUNNER_EMBED: self.embed, RUNNER_TOKENIZE: self._tokenize, RUNNER_DETOKENIZE: self._detokenize}
