@@ -25,7 +25,7 @@ from bench_figures import percentile, table
 
 from skulk.cluster.view import ClusterView, NodeView
 from skulk.placement.decision import assign, place
-from skulk.units import GIB
+from skulk.units import GIB, MIB
 from skulk.wire.beats import (
     Accelerator,
     DiskFacts,
@@ -147,7 +147,7 @@ def node(number: int, cards: tuple[ModelCard, ...], dice: random.Random) -> Node
         load=dice.uniform(0, 8),
         models=tuple(HeldModel(model_id=card.model_id, size_bytes=card.size_bytes) for card in dice.sample(cards, 20)),
         hub=True,
-        engine=EngineFacts(process_bytes=dice.randrange(80 * 2**20, 100 * 2**20)),
+        engine=EngineFacts(process_bytes=dice.randrange(80, 101, 4) * MIB),
     )
     return NodeView(beat=beat, heard_at=NOW)
 

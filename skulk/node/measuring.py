@@ -19,6 +19,7 @@ from skulk.telemetry.gpus import accelerators
 from skulk.telemetry.host import disk_facts, load_average, system_facts
 from skulk.telemetry.memory import memory_facts
 from skulk.telemetry.processes import MemoryWatch
+from skulk.units import MIB
 from skulk.wire.beats import Accelerator, DiskFacts, EngineFacts, HealthReason, MemoryFacts, SystemFacts
 from skulk.wire.model import HeldModel
 
@@ -27,6 +28,12 @@ ENGINE_EVERY_S: Final = 60.0
 GPUS_EVERY_S: Final = 5.0
 UNMEASURED: Final = EngineFacts()
 MODELS_EVERY_S: Final = 30.0
+PROCESS_STEP: Final = 4 * MIB
+
+
+def stepped(process_bytes: int) -> int:
+    """A measured process, rounded up to 4 MiB: nodes of one build tell the same then, and are placed on alike."""
+    return -(-process_bytes // PROCESS_STEP) * PROCESS_STEP
 
 
 class MachineMeter:
@@ -125,7 +132,7 @@ class MachineMeter:
         if found.build and found.build != self._build:
             # once for a build: what the kernel counts of shared libraries hangs on who else has them
             self._build = found.build
-            self._engine = msgspec.structs.replace(self._engine, process_bytes=found.process_bytes)
+            self._engine = msgspec.structs.replace(self._engine, process_bytes=stepped(found.process_bytes))
 
     async def _look_at_gpus(self) -> None:
         self._gpus = await accelerators()
