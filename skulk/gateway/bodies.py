@@ -121,6 +121,18 @@ def whole_number(request: web.Request, name: str, default: int, *, low: int, hig
     return int(text)
 
 
+def flag(request: web.Request, name: str, *, default: bool) -> bool:
+    """A query parameter that is 0 or 1.
+
+    Raises:
+        RequestError: ``invalid_request``.
+    """
+    asked = request.query.get(name, "1" if default else "0")
+    if asked not in ("0", "1"):
+        raise RequestError("invalid_request", f"{name} must be 0 or 1", param=name)
+    return asked == "1"
+
+
 def needed(request: web.Request, name: str) -> str:
     """A query parameter that must be there.
 

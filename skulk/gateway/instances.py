@@ -9,7 +9,7 @@ from aiohttp import web
 
 from skulk.bus.subjects import MASTER_DELETE, MASTER_PLACE, MASTER_PREVIEW
 from skulk.errors import RequestError, UnavailableError
-from skulk.gateway.bodies import needed, read_as, read_object, whole_number
+from skulk.gateway.bodies import flag, needed, read_as, read_object, whole_number
 from skulk.gateway.cards import KnownModel
 from skulk.gateway.compat.cards import card_json
 from skulk.gateway.compat.instances import instance_json, instance_of_json
@@ -176,7 +176,7 @@ async def _preview(request: web.Request) -> tuple[PlacementRequest, PlacementDec
         node_ids=tuple(query.getall("node_ids", []))[:MAX_NODES],
         context_length=_count(request, "context_length"),
         n_parallel=_count(request, "n_parallel"),
-        force=_is_forced(request),
+        force=flag(request, "force", default=False),
     )
     question = PreviewPlacement(request=wanted)
     return wanted, await request.app[MASTERS].ask(MASTER_PREVIEW, question, timeout_s=PREVIEW_WAIT_S)
@@ -185,13 +185,6 @@ async def _preview(request: web.Request) -> tuple[PlacementRequest, PlacementDec
 def _count(request: web.Request, name: str) -> int | None:
     """A count in the query; None where it isn't there."""
     return whole_number(request, name, 1, low=1, high=2**31 - 1) if name in request.query else None
-
-
-def _is_forced(request: web.Request) -> bool:
-    asked = request.query.get("force", "0")
-    if asked not in ("0", "1"):
-        raise RequestError("invalid_request", "force must be 0 or 1", param="force")
-    return asked == "1"
 
 
 def _instance(request: web.Request) -> Instance:

@@ -7,7 +7,7 @@ from typing import Any
 from aiohttp import web
 
 from skulk.errors import RequestError, SkulkError
-from skulk.gateway.bodies import whole_number
+from skulk.gateway.bodies import flag, whole_number
 from skulk.gateway.cards import STATES, KnownModel
 from skulk.gateway.compat.cards import found_json, model_json
 from skulk.gateway.keys import CARDS
@@ -32,14 +32,12 @@ async def search_models(request: web.Request) -> web.Response:
     """
     query = request.query.get("query") or request.query.get("q") or ""
     words = query.lower().split()
-    hub = request.query.get("hub", "1")
-    if hub not in ("0", "1"):
-        raise RequestError("invalid_request", "hub must be 0 or 1", param="hub")
+    may_ask_hub = flag(request, "hub", default=True)
     limit = whole_number(request, "limit", MAX_FOUND, low=1, high=1_000)
     known = await request.app[STORES].all()
     found = [_json(one) for one in known if all(word in _text(one) for word in words)]
     answer: dict[str, Any] = {"object": "list", "data": found[:limit]}
-    if words and hub == "1" and request.app[STORES].may_ask_hub():
+    if words and may_ask_hub and request.app[STORES].may_ask_hub():
         answer |= await _on_hub(request, query, {entry["id"] for entry in found}, limit - len(found))
         answer["data"] = [*found, *answer["data"]][:limit]
     return json_response(answer)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+from functools import cache
+from typing import Any, Final
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -22,7 +23,13 @@ async def index(request: web.Request) -> web.Response:
 async def show_document(request: web.Request) -> web.Response:
     """``GET /openapi.json``: this API as OpenAPI 3.1."""
     del request
-    return json_response(document(ROUTES))
+    return json_response(_document())
+
+
+@cache
+def _document() -> dict[str, Any]:
+    """Made once: it takes milliseconds in which no stream is served."""
+    return document(ROUTES)
 
 
 ROUTES: Final[tuple[tuple[str, str, Handler], ...]] = (

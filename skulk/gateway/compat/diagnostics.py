@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from skulk.cluster.view import ClusterView
 from skulk.gateway.compat.instances import runner_json
+from skulk.gateway.compat.times import iso_time
 from skulk.wire.events import (
     Event,
     EventRecord,
@@ -75,7 +75,7 @@ def _entry(record: EventRecord) -> dict[str, Any]:
     return {
         "seq": record.position.seq,
         "term": record.position.term.number,
-        "at": datetime.fromtimestamp(record.at, tz=UTC).isoformat(),
+        "at": iso_time(record.at),
         "kind": record.event.__struct_config__.tag,
         "instanceId": about.instance_id or None,
         "modelId": about.model_id or None,

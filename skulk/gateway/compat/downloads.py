@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Any, Final
 
 from skulk.cluster.view import ClusterView
 from skulk.gateway.compat.instances import shard_json
+from skulk.gateway.compat.times import iso_time
 from skulk.wire.model import ModelCard
 from skulk.wire.store import DownloadStatus
 
@@ -90,4 +90,4 @@ def registry_json(view: ClusterView) -> list[dict[str, Any]]:
 
 
 def _time(at: float) -> str | None:
-    return datetime.fromtimestamp(at, tz=UTC).isoformat() if at > 0 else None
+    return iso_time(at) if at > 0 else None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Any
 
 from skulk.cluster.view import ClusterView, NodeView, drain_of
 from skulk.gateway.compat.downloads import download_json, model_shard_json
 from skulk.gateway.compat.health import seen_reasons
 from skulk.gateway.compat.instances import instance_json, runner_json
+from skulk.gateway.compat.times import iso_time
 from skulk.wire.beats import Accelerator, HealthReason, NodeBeat, RunnerStatus
 from skulk.wire.model import HeldModel, ModelCard
 
@@ -137,4 +137,4 @@ def _held_json(held: HeldModel, cards: Mapping[str, ModelCard]) -> dict[str, Any
 
 
 def _seen_at(node: NodeView, now: float, wall: float) -> str:
-    return datetime.fromtimestamp(wall - (now - node.heard_at), tz=UTC).isoformat()
+    return iso_time(wall - (now - node.heard_at))
