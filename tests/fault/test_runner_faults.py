@@ -69,8 +69,18 @@ async def test_a_crash_in_native_code_ends_only_the_process(server: NatsServer, 
         await stream.reader.close()
 
 
-async def test_a_failing_engine_tells_its_reason_and_exits(server: NatsServer, tmp_path: Path) -> None:
-    spec = fake_spec(tmp_path, server, FakeOptions(fail_at_step=3, step_s=0.1))
+@pytest.mark.parametrize(
+    ("options", "changes", "reason"),
+    [
+        (FakeOptions(fail_at_step=3, step_s=0.1), {}, "step 3"),
+        (FakeOptions(hang_at_step=3), {"step_timeout_s": 1.0}, "SKULK_STEP_TIMEOUT_S"),
+    ],
+    ids=["fails", "hangs beyond its limit"],
+)
+async def test_an_engine_that_fails_or_hangs_tells_its_reason_and_ends_the_runner(
+    server: NatsServer, tmp_path: Path, options: FakeOptions, changes: dict[str, float], reason: str
+) -> None:
+    spec = fake_spec(tmp_path, server, options, **changes)
     async with gateway_on(server) as gateway, running(spec) as child:
         stream = await (await gateway.generate(generate_of())).finish()
         assert stream.error_code == "runner_failed"
@@ -78,7 +88,7 @@ async def test_a_failing_engine_tells_its_reason_and_exits(server: NatsServer, t
         assert (await asyncio.wait_for(child.exited, 30.0)).returncode == EXIT_FAILED
         status = await gateway.statuses.until(lambda status: status.phase == "failed")
         assert status.error is not None
-        assert "step 3" in status.error.detail
+        assert reason in status.error.detail
 
 
 async def test_a_hanging_step_shows_as_age_and_cannot_hold_a_stop(server: NatsServer, tmp_path: Path) -> None:
@@ -93,18 +103,6 @@ async def test_a_hanging_step_shows_as_age_and_cannot_hold_a_stop(server: NatsSe
         child.signal(signal.SIGTERM)
         assert (await stream.finish()).error_code == "draining"
         assert (await asyncio.wait_for(child.exited, 30.0)).returncode == 0
-
-
-async def test_a_step_beyond_its_limit_is_a_hang_and_ends_the_runner(server: NatsServer, tmp_path: Path) -> None:
-    spec = fake_spec(tmp_path, server, FakeOptions(hang_at_step=3), step_timeout_s=1.0)
-    async with gateway_on(server) as gateway, running(spec) as child:
-        stream = await (await gateway.generate(generate_of())).finish()
-        assert stream.error_code == "runner_failed"
-        assert len(stream.tokens) == 2
-        assert (await asyncio.wait_for(child.exited, 30.0)).returncode == EXIT_FAILED
-        status = await gateway.statuses.until(lambda status: status.phase == "failed")
-        assert status.error is not None
-        assert "SKULK_STEP_TIMEOUT_S" in status.error.detail
 
 
 async def test_a_dead_parent_takes_its_runner_with_it(server: NatsServer, tmp_path: Path) -> None:
