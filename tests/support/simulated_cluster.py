@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any, Final, TypeVar
 
@@ -42,6 +42,8 @@ LATE: Final = 0.2
 VERY_LATE: Final = 0.005
 CONTROL: Final = ("event", "beat", "status", "election", "master", "node")
 BUS_GIVES_UP_S: Final = 3.5
+CLOSED_LOST_S: Final = 2.0 + 0.5 + 0.2
+"""2 s since the routes closed, the next look at that, and what was still on its way."""
 DRIFT: Final = 0.001
 """A quartz is ten times better; what goes wrong by it shows sooner so."""
 
@@ -82,6 +84,7 @@ class SimulatedCluster:
     Attributes:
         is_rough: messages are lost, doubled and late.
         lives: the nodes that run, by id; a clone runs beside its original under another name.
+        closes_routes: a node that dies closes its routes, as a process does; else it is only silent, as without power.
     """
 
     def __init__(self, seed: int, nodes: int) -> None:
@@ -95,6 +98,9 @@ class SimulatedCluster:
         self.hub = MemoryHub(seed=seed)
         self.hub.disturb = self._disturb
         self.is_rough = False
+        self.closes_routes = seed % 4 == 1
+        self._closed_at: dict[str, float] = {}
+        self._rough_at = -1e9
         self.slow: set[str] = set()
         self.cuts: set[tuple[str, str]] = set()
         self.sides: dict[str, int] = {}
@@ -168,7 +174,11 @@ class SimulatedCluster:
     async def start_node(self, name: str) -> Life:
         """Starts a node on what its disk holds."""
         machine = self.machine_for(name)
-        life = self.lives[name] = Life(self.hub, name, name, self.clocks[name], machine, self.disks[name])
+        clock = self.clocks[name]
+        self._closed_at.pop(name, None)
+        life = self.lives[name] = Life(
+            self.hub, name, name, clock, machine, self.disks[name], lambda: self._closed_for(name, clock)
+        )
         self._note_apart_from(name)
         await life.start()
         return life
@@ -181,7 +191,15 @@ class SimulatedCluster:
     async def kill_node(self, name: str) -> None:
         """Ends a node as by SIGKILL."""
         life = self.lives.pop(name)
+        if self.closes_routes:
+            self._closed_at[name] = self.now()
         await life.kill()
+
+    def _closed_for(self, name: str, clock: VirtualClock) -> Mapping[str, float]:
+        """Since when routes are closed, by a node's own clock; what a partition hides it doesn't see close."""
+        side = self.sides.get(name, 0)
+        seen = {other: at for other, at in self._closed_at.items() if self.sides.get(other, 0) == side}
+        return {other: at * clock.rate for other, at in seen.items()}
 
     async def clone_node(self, name: str) -> Life:
         """A second process with the same identity and a copy of the disk."""
@@ -237,7 +255,25 @@ class SimulatedCluster:
             self._leads_since = {name: self._leads_since.get(name, now) for name in leading}
             for name in leading:
                 assert self.lives[name].bus.state == "connected", f"{name} leads without a bus"
+            self._check_closed(now)
             self.meetings.look(leading, {pair for pair, until in self._apart_until.items() if until > now}, now)
+
+    def _check_closed(self, now: float) -> None:
+        """A node whose routes closed isn't waited for as one that is only silent."""
+        if self.is_rough or self.slow or self.sides or self.clones:
+            self._rough_at = now
+        if now - self._rough_at < 12.0:
+            return  # its last words may be on their way still
+        for gone, closed_at in self._closed_at.items():
+            for name, life in self.lives.items():
+                paused_at = self._paused_at.get(name, -1e9)
+                is_late = now - max(closed_at, life.born_at, paused_at + 15.0) > CLOSED_LOST_S
+                if is_late and life.bus.state == "connected" and not self._is_frozen(name):
+                    assert gone not in life.replica.view.nodes, f"{name} still counts {gone}, whose routes closed"
+
+    def _is_frozen(self, name: str) -> bool:
+        assert self.loop is not None
+        return self.loop.is_frozen(name)
 
     def now(self) -> float:
         return self.clients[0].bus.clock.now()

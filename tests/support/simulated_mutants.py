@@ -149,6 +149,10 @@ def _no_grace() -> Patches:
     return ((leader, "SETTLE_S", 0.0),)
 
 
+def _closed_is_silent() -> Patches:
+    return ((view, "NODE_CLOSED_S", 1e9),)
+
+
 def _hasty_minority() -> Patches:
     return ((upkeep, "is_minority", lambda view: False),)
 
@@ -339,6 +343,7 @@ MUTANTS: tuple[Mutant, ...] = (
             ("no-snapshots", "a follower that sees a gap asks for a snapshot", _no_snapshots),
             ("seq-falls", "seq goes on across terms", _seq_restarts),
             ("no-grace", "for 5 s after its election a master doesn't place anything of lost nodes again", _no_grace),
+            ("closed-is-silent", "a node whose routes closed is lost after 2 s", _closed_is_silent),
             ("hasty-minority", "a side with fewer than half of the nodes waits 120 s", _hasty_minority),
             ("no-replacement", "the instances of a lost node are placed again", _no_replacement),
             ("no-pending", "a pending instance is placed when a node fits", _no_pending),

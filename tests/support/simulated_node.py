@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 
@@ -153,9 +153,18 @@ class Life:
     """One start of a node, until it is killed."""
 
     def __init__(
-        self, hub: MemoryHub, name: str, node_id: str, clock: VirtualClock, machine: Machine, disk: Disk
+        self,
+        hub: MemoryHub,
+        name: str,
+        node_id: str,
+        clock: VirtualClock,
+        machine: Machine,
+        disk: Disk,
+        closed: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         self.name = name
+        self._closed = closed
+        self.born_at = asyncio.get_running_loop().time()
         self.node_id = node_id
         self.machine = machine
         self.file = DiskFile(disk)
@@ -170,7 +179,7 @@ class Life:
 
     def _build(self, hub: MemoryHub, clock: VirtualClock, disk: Disk) -> None:
         self.bus = MemoryBus(hub, cluster="test", name=self.name, clock=clock)
-        self.replica = Replica(self.bus, clock, disk.load(), keeps=True)
+        self.replica = Replica(self.bus, clock, disk.load(), keeps=True, closed=self._closed)
         # its runners speak only when they change
         self.hosting = Hosting(self.bus, clock, self.node_id, self.machine, silent_s=math.inf)
         self.machine.on_ready = self._runner_ready
