@@ -171,7 +171,9 @@ def _kept(state: ClusterState, event: InstanceKept, position: Position) -> Clust
     instance = state.instances.get(event.instance_id)
     if instance is None:
         return state
-    return _with_instance(state, msgspec.structs.replace(instance, on_demand=False, kept=True, position=position))
+    # a birth: what another master took back before it doesn't touch a promise
+    kept = msgspec.structs.replace(instance, on_demand=False, kept=True, born=position, position=position)
+    return _with_instance(state, kept)
 
 
 def _deleted(state: ClusterState, event: InstanceDeleted, position: Position) -> ClusterState:
@@ -183,6 +185,7 @@ def _deleted(state: ClusterState, event: InstanceDeleted, position: Position) ->
         deleted_at=event.deleted_at,
         last_epoch=max(0 if known is None else known.last_epoch for known in (instance, earlier)),
         command_id=event.command_id,
+        unasked=not event.command_id and (earlier is None or earlier.unasked),
     )
     return msgspec.structs.replace(
         state,

@@ -1,9 +1,10 @@
 """Two lineages made one: pure, commutative, associative, idempotent (DESIGN 3). A stale state erases nothing.
 
-instance    the version with the higher (birth, epoch, position) wins
-tombstone   united; it beats every version of its instance that was born up to its position, and every version of one
-            whose id comes from its command: such an id is never used again, but two masters that don't hear each other
-            may both have carried the command out, so that one's deletion is below the other's birth
+instance    the version with the higher (birth, epoch, position) wins; a promise to somebody is a birth
+tombstone   united; it beats every version of its instance that was born up to its position, and, where somebody asked
+            for the deletion, every version of one whose id comes from its command: such an id is never used again, but
+            two masters that don't hear each other may both have carried the command out, so that one's deletion is
+            below the other's birth
 drain       the version with the higher position wins
 position    the higher; ``seq`` the higher of both, so that it never falls
 
@@ -32,7 +33,7 @@ TOMBSTONE_S: Final = 30 * DAY_S
 def merge(a: ClusterState, b: ClusterState) -> ClusterState:
     """The union of what two states know. Both must be of one cluster."""
     assert a.cluster == b.cluster, f"{a.cluster!r} and {b.cluster!r} are different clusters"
-    tombstones = _united(a.tombstones, b.tombstones, _tombstone_rank)
+    tombstones = _united_tombstones(a.tombstones, b.tombstones)
     instances = _united(a.instances, b.instances, _instance_rank)
     merged = ClusterState(
         cluster=a.cluster,
@@ -85,6 +86,8 @@ def lacks(known: ClusterState, other: ClusterState, wall: float) -> bool:
         is_old = wall - tombstone.deleted_at > TOMBSTONE_S - DAY_S
         if not is_old and (own_stone is None or own_stone.position < tombstone.position):
             return True
+        if not is_old and own_stone is not None and own_stone.unasked and not tombstone.unasked:
+            return True
     for name, drain in other.drains.items():
         own_drain = known.drains.get(name)
         if own_drain is None or own_drain.position < drain.position:
@@ -99,6 +102,17 @@ def _united(a: dict[str, T], b: dict[str, T], rank: Callable[[T], tuple[object, 
     for name, found in b.items():
         own = united.get(name)
         united[name] = found if own is None else _higher(own, found, rank)
+    return united
+
+
+def _united_tombstones(a: dict[str, Tombstone], b: dict[str, Tombstone]) -> dict[str, Tombstone]:
+    """The higher of each two; asked for where either was."""
+    united = _united(a, b, _tombstone_rank)
+    if a is b:
+        return united
+    for name in [name for name, found in united.items() if found.unasked]:
+        if not all(side[name].unasked for side in (a, b) if name in side):
+            united[name] = msgspec.structs.replace(united[name], unasked=False)
     return united
 
 
@@ -117,7 +131,9 @@ def _is_covered(instance: Instance, tombstones: dict[str, Tombstone]) -> bool:
     tombstone = tombstones.get(instance.instance_id)
     if tombstone is None:
         return False
-    return tombstone.position >= instance.born or is_commanded(instance.instance_id, instance.command_id)
+    if tombstone.position >= instance.born:
+        return True
+    return not tombstone.unasked and is_commanded(instance.instance_id, instance.command_id)
 
 
 def _instance_rank(instance: Instance) -> tuple[object, ...]:

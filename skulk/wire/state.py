@@ -94,6 +94,8 @@ class Tombstone(Wire, frozen=True, kw_only=True):
         last_epoch: of the deleted instance; one that is made again under this id goes on from there, so that no
             runner id is ever used twice.
         command_id: of the client's command that deleted it.
+        unasked: nobody asked for this deletion: a master took back a placement that failed, or one that was idle. A
+            promise that was given after it stands.
     """
 
     instance_id: str
@@ -101,6 +103,7 @@ class Tombstone(Wire, frozen=True, kw_only=True):
     deleted_at: float
     last_epoch: int = 0
     command_id: str = ""
+    unasked: bool = False
 
 
 class Drain(Wire, frozen=True, kw_only=True):

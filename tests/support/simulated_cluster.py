@@ -389,10 +389,11 @@ class SimulatedCluster:
         weights = int(self.random.choice((0.1, 0.5, 1.0, 2.0)) * GIB)
         request = PlacementRequest(card=card(model_id, weights_bytes=weights), context_length=2048, n_parallel=1)
         command = PlaceModel(command_id=f"c{self._asked}", request=request, ensure=ensure)
+        clone_lived = self._clone_lives()
         reply = await self._ask(client, MASTER_PLACE, command)
         if isinstance(reply, PlacementReply) and reply.decision.outcome == "placed":
             self.told[reply.instance_id] = command.command_id
-            if self._clone_lives():
+            if clone_lived or self._clone_lives():
                 # a clone that stops takes what only it knew along
                 self.unsure.add(reply.instance_id)
 

@@ -143,4 +143,5 @@ def test_what_a_request_placed_stays_when_a_person_wants_it_too() -> None:
     assert not kept.instances["i1"].on_demand
     assert kept.instances["i1"].kept
     assert kept.instances["i1"].position == kept.position, "a merge knows the later version"
+    assert kept.instances["i1"].born == kept.position, "a promise is a birth"
     assert folded(kept, InstanceKept(instance_id="nobody")).instances == kept.instances

@@ -7,13 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skulk.cluster.fold import fold, state_hash
-from skulk.cluster.merge import merge
+from skulk.cluster.merge import lacks, merge
 from skulk.ids import commanded_instance_id
 from skulk.wire.events import (
     Event,
     InstanceAssigned,
     InstanceCreated,
     InstanceDeleted,
+    InstanceKept,
     NodeDrainEnded,
     NodeDrainStarted,
 )
@@ -34,11 +35,15 @@ def event_of(kind: int, name: str, epoch: int) -> Event:
             return InstanceDeleted(instance_id=name, deleted_at=1.0)
         case 3:
             return NodeDrainStarted(drain=Drain(node_id=name, since=1.0))
-        case _:
+        case 4:
             return NodeDrainEnded(node_id=name)
+        case 5:
+            return InstanceKept(instance_id=name)
+        case _:
+            return InstanceDeleted(instance_id=name, deleted_at=1.0, command_id="d1")
 
 
-drawn_events = st.lists(st.builds(event_of, st.integers(0, 4), st.sampled_from(NAMES), st.integers(1, 4)), max_size=12)
+drawn_events = st.lists(st.builds(event_of, st.integers(0, 6), st.sampled_from(NAMES), st.integers(1, 4)), max_size=12)
 
 
 @st.composite
@@ -97,11 +102,28 @@ def test_a_deletion_covers_what_two_masters_made_of_one_command() -> None:
     """Neither heard the other: the deletion of the one is below the birth at the other."""
     created = InstanceCreated(instance=instance(COMMANDED), command_id="c1")
     lower, higher = (Term(number=2, node_id=node, incarnation="1") for node in ("aaaa", "bbbb"))
-    deleted = run(state_of(), [created, InstanceDeleted(instance_id=COMMANDED, deleted_at=1.0)], lower)
+    asked = InstanceDeleted(instance_id=COMMANDED, deleted_at=1.0, command_id="d1")
+    deleted = run(state_of(), [created, asked], lower)
     twice = run(state_of(), [created], higher)
     assert merge(deleted, twice).instances == {}
     again = fold(deleted, record(created, deleted.position.seq + 1, lower))
     assert again.instances == {}, "its id is never used again"
+
+
+def test_a_promise_outlives_what_an_earlier_master_took_back_by_itself() -> None:
+    """A placement fails at one master; the next, that didn't hear of it, promises the instance to somebody else."""
+    created = InstanceCreated(instance=instance(COMMANDED), command_id="c1")
+    earlier, later = (Term(number=number, node_id="aaaa", incarnation="1") for number in (2, 3))
+    past = run(state_of(), [created], earlier)
+    taken_back = run(past, [InstanceDeleted(instance_id=COMMANDED, deleted_at=1.0)], earlier)
+    promised = run(past, [InstanceKept(instance_id=COMMANDED)], later)
+    assert COMMANDED in merge(taken_back, promised).instances
+    assert merge(taken_back, past).instances == {}, "what nobody was promised is gone"
+    asked = run(past, [InstanceDeleted(instance_id=COMMANDED, deleted_at=1.0, command_id="d1")], earlier)
+    assert merge(asked, promised).instances == {}, "a person's deletion stands"
+    both = merge(taken_back, asked)
+    assert not both.tombstones[COMMANDED].unasked
+    assert lacks(taken_back, asked, wall=2.0), "that somebody asked is worth a merge"
 
 
 def test_records_that_are_equal_are_no_conflict() -> None:
