@@ -36,6 +36,7 @@ from skulk.ids import new_id, new_incarnation
 from skulk.master.master import Master
 from skulk.master.upkeep import Rules
 from skulk.models.catalogue import Catalogue
+from skulk.node.checkout import RUNNING_COMMIT
 from skulk.node.hosting import Hosting
 from skulk.node.identity import NodeIdentity, load_identity
 from skulk.node.measuring import MachineMeter
@@ -362,6 +363,7 @@ class _Launcher:
         house = self._storehouse
         return NodeRoles(
             version=__version__,
+            commit=RUNNING_COMMIT,
             role=self._settings.participation,
             routes=routes,
             api=self._api,

@@ -74,6 +74,7 @@ class NodeRoles(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         version: of Skulk.
+        commit: of the checkout it runs from; empty where it is none.
         routes, api, files: its addresses, ``host:port``; none where it has none.
         hub: it may fetch weights from the hub.
         downloads: weights on their way to its disk.
@@ -81,6 +82,7 @@ class NodeRoles(msgspec.Struct, frozen=True, kw_only=True):
 
     version: str
     role: Role
+    commit: str = ""
     routes: tuple[str, ...] = ()
     api: str | None = None
     files: str | None = None
@@ -212,6 +214,7 @@ class Node:
             incarnation=self._identity.incarnation,
             name=self._identity.name,
             version=roles.version,
+            commit=roles.commit,
             protocol=PROTOCOL,
             role=roles.role,
             at=self._clock.wall(),

@@ -140,6 +140,7 @@ class NodeBeat(Wire, frozen=True, kw_only=True):
     Attributes:
         incarnation: new at each start of the node.
         protocol: major version of the bus contract; another one takes no placements.
+        commit: that it runs from, where it runs from a git checkout; else empty.
         tags: compute backends, ``<engine>`` and ``<engine>-<compute>``.
         load: the one-minute load average.
         models: weights that lie on its disk.
@@ -188,6 +189,7 @@ class NodeBeat(Wire, frozen=True, kw_only=True):
     leaving: bool = False
     engine: EngineFacts = EngineFacts()
     speeds: tuple[MeasuredSpeed, ...] = ()
+    commit: str = ""
 
 
 class MasterBeat(Wire, frozen=True, kw_only=True):

@@ -99,6 +99,7 @@ def beat(
         incarnation="0001",
         name=name or f"host-{node_id}",
         version="0.1.0",
+        commit="0123abcd",
         at=1_000.0,
         started_at=900.0,
         tags=tags,

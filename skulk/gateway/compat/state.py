@@ -57,7 +57,7 @@ def _identity_json(beat: NodeBeat) -> dict[str, Any]:
         "friendlyName": beat.name,
         "hostname": beat.system.hostname,
         "skulkVersion": beat.version,
-        "skulkCommit": "",
+        "skulkCommit": beat.commit,
         "osVersion": beat.system.os,
         "architecture": beat.system.architecture,
         "chipId": beat.system.chip,

@@ -93,7 +93,7 @@ STATE_JSON: dict[str, Any] = {
             "friendlyName": "host-aaaa",
             "hostname": "aaaa",
             "skulkVersion": "0.1.0",
-            "skulkCommit": "",
+            "skulkCommit": "0123abcd",
             "osVersion": "Linux",
             "architecture": "x86_64",
             "chipId": "test",
