@@ -23,7 +23,7 @@ from skulk.gateway import asking, dispatch, progress
 from skulk.master import commands, leader, rounds, upkeep
 from skulk.master.rounds import Told
 from skulk.node import hosting, twins
-from skulk.wire.state import ClusterState, Position
+from skulk.wire.state import ClusterState, Instance, Position, Tombstone
 from tests.support.simulated_faults import run
 from tests.support.simulated_streams import run_streams
 
@@ -236,6 +236,16 @@ def _word_stands() -> Patches:
     return ((_module("skulk.bus.replica"), "with_node_beat", with_node_beat),)
 
 
+def _all_asked() -> Patches:
+    def covered(instance: Instance, tombstones: dict[str, Tombstone]) -> bool:
+        tombstone = tombstones.get(instance.instance_id)
+        asked = None if tombstone is None else msgspec.structs.replace(tombstone, unasked=False)
+        return asked is not None and known(instance, {instance.instance_id: asked})
+
+    known = merge._is_covered
+    return ((merge, "_is_covered", covered),)
+
+
 def _births_count() -> Patches:
     return ((merge, "is_commanded", lambda instance_id, command_id: False),)
 
@@ -365,6 +375,7 @@ MUTANTS: tuple[Mutant, ...] = (
             ("word-stands", "what a node's beat says twice is so", _word_stands, 700),
             ("births-count", "a deletion covers all that one command made", _births_count, 2200),
             ("no-promise-kept", "an instance that was promised stays, whoever leads", _no_promise_kept, 3400),
+            ("all-asked", "a promise outlives what a master took back by itself", _all_asked, 10730),
             ("seq-follows", "a snapshot of a lower seq is merged, not taken", _seq_follows, 6390),
         )
     )
