@@ -1,16 +1,17 @@
 """Two lineages made one: pure, commutative, associative, idempotent (DESIGN 3). A stale state erases nothing.
 
-instance    the version with the higher (birth, epoch, position) wins; a promise to somebody is a birth
-tombstone   united; it beats every version of its instance that was born up to its position, and, where somebody asked
-            for the deletion, every version of one whose id comes from its command: such an id is never used again, but
-            two masters that don't hear each other may both have carried the command out, so that one's deletion is
-            below the other's birth
+instance    the version with the higher (birth, epoch, position) wins; a promise to somebody is a birth, and of versions
+            whose id comes from one command a promised one wins
+tombstone   united; it beats every version of its instance that was born up to its position, and every version of one
+            whose id comes from its command: such an id is never used again, but two masters that don't hear each other
+            may both have carried the command out, so that one's deletion is below the other's birth. A promise
+            outlives a tombstone below it that nobody asked for
 drain       the version with the higher position wins
 position    the higher; ``seq`` the higher of both, so that it never falls
 
-What a tombstone covers is decided by the id, which all versions share, or by birth, which is also the first rank of a
-version: so if any version outlives a tombstone, the one that wins does, in any order of merging. A deletion beats a
-move it didn't know of.
+What a tombstone covers is decided by the id, which all versions share, and by promise and birth, which are also the
+first ranks of a version: so if any version outlives a tombstone, the one that wins does, in any order of merging. A
+deletion beats a move it didn't know of.
 """
 
 from __future__ import annotations
@@ -133,11 +134,17 @@ def _is_covered(instance: Instance, tombstones: dict[str, Tombstone]) -> bool:
         return False
     if tombstone.position >= instance.born:
         return True
-    return not tombstone.unasked and is_commanded(instance.instance_id, instance.command_id)
+    return _is_of_command(instance) and not (tombstone.unasked and instance.kept)
+
+
+def _is_of_command(instance: Instance) -> bool:
+    return is_commanded(instance.instance_id, instance.command_id)
 
 
 def _instance_rank(instance: Instance) -> tuple[object, ...]:
-    return instance.born, instance.last_epoch, instance.position
+    # only among versions of one command a promise comes first; all versions of an id are of one command or none is
+    is_promised = instance.kept and _is_of_command(instance)
+    return is_promised, instance.born, instance.last_epoch, instance.position
 
 
 def _tombstone_rank(tombstone: Tombstone) -> tuple[object, ...]:

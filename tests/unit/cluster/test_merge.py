@@ -119,6 +119,9 @@ def test_a_promise_outlives_what_an_earlier_master_took_back_by_itself() -> None
     promised = run(past, [InstanceKept(instance_id=COMMANDED)], later)
     assert COMMANDED in merge(taken_back, promised).instances
     assert merge(taken_back, past).instances == {}, "what nobody was promised is gone"
+    twice = run(state_of(), [created], later)
+    assert merge(taken_back, twice).instances == {}, "also what another master made of the command that failed"
+    assert merge(promised, twice).instances[COMMANDED].kept
     asked = run(past, [InstanceDeleted(instance_id=COMMANDED, deleted_at=1.0, command_id="d1")], earlier)
     assert merge(asked, promised).instances == {}, "a person's deletion stands"
     both = merge(taken_back, asked)
