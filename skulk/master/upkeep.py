@@ -6,7 +6,7 @@
                                                soon as the node is lost, where a request waits for the model; never
                                                before `MINORITY_WAIT_S` on a side with fewer than half of the known
                                                full nodes.
-4. A pending instance                          is assigned when a node fits.
+4. A pending instance                          is assigned when a node fits; told why it is nowhere, where nobody did.
 5. A drain of a node that was being stopped    ends when the node is back.
 6. A tombstone older than 30 days              is forgotten.
 """
@@ -267,9 +267,13 @@ def _placed(
     upkeep: Upkeep, view: ClusterView, instances: Iterable[Instance], now: float, rules: Rules
 ) -> Iterator[Event]:
     for instance in instances:
-        placed = placement_of(upkeep, view, instance, now, rules)
+        decision = decision_on(upkeep, view, instance, now, rules)
+        placed = assigned_by(decision, instance)
         if placed is not None:
             yield placed
+        elif not instance.reason and decision.outcome == "unplaceable":
+            # whoever made it died before it could say why it is on no node
+            yield InstanceUnassigned(instance_id=instance.instance_id, reason=decision.reason)
 
 
 def _returned(view: ClusterView) -> Iterator[Event]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from skulk.cluster.view import ClusterView, with_node_beat, with_runner_status, without_lost
+from skulk.cluster.fold import fold
+from skulk.cluster.view import ClusterView, with_node_beat, with_runner_status, with_state, without_lost
 from skulk.errors import RequestError
 from skulk.master.drains import drained_node
 from skulk.master.upkeep import (
@@ -27,7 +28,7 @@ from skulk.wire.commands import DrainNode
 from skulk.wire.events import Event, InstanceAssigned, InstanceUnassigned, NodeDrainEnded, NodeDrainStarted
 from skulk.wire.state import Drain
 from tests.support.bus import ManualClock
-from tests.support.states import assignment, beat, instance, state_of, status
+from tests.support.states import assignment, beat, instance, record, state_of, status
 
 RULES = Rules(replace_after_s=15.0)
 
@@ -145,7 +146,16 @@ def test_a_drain_of_a_stopped_node_ends_when_it_is_back_and_a_persons_holds() ->
     still_here = Drain(node_id="aaaa", since=0.0, incarnation="0001")
     assert isinstance(due(view_of("aaaa", drain=still_here), 101.0), InstanceUnassigned)
     held = due(view_of("aaaa", on=None, drain=Drain(node_id="aaaa", since=0.0)), 101.0)
-    assert held is None
+    assert isinstance(held, InstanceUnassigned), "the drain stays; the instance is told why it is nowhere"
+
+
+def test_an_instance_whose_maker_died_before_it_gave_a_reason_is_given_one() -> None:
+    view = view_of("aaaa", on=None, drain=Drain(node_id="aaaa", since=0.0))
+    event = due(view, 101.0)
+    assert isinstance(event, InstanceUnassigned)
+    assert "drain" in event.reason
+    told = fold(view.state, record(event, view.state.position.seq + 1))
+    assert due(with_state(view, told), 101.0) is None, "once"
 
 
 def test_a_node_that_refuses_again_and_again_is_asked_ever_less_often() -> None:
