@@ -23,6 +23,7 @@ from skulk.gateway import asking, dispatch, progress
 from skulk.master import commands, leader, rounds, upkeep
 from skulk.master.rounds import Told
 from skulk.node import hosting, twins
+from skulk.wire.events import Event, InstanceAssigned
 from skulk.wire.state import ClusterState, Instance, Position, Tombstone
 from tests.support.simulated_faults import run
 from tests.support.simulated_streams import run_streams
@@ -236,6 +237,14 @@ def _word_stands() -> Patches:
     return ((_module("skulk.bus.replica"), "with_node_beat", with_node_beat),)
 
 
+def _no_reason() -> Patches:
+    def placed(*known: Any) -> Generator[Event]:
+        return (event for event in real(*known) if isinstance(event, InstanceAssigned))
+
+    real = upkeep._placed
+    return ((upkeep, "_placed", placed),)
+
+
 def _all_asked() -> Patches:
     def covered(instance: Instance, tombstones: dict[str, Tombstone]) -> bool:
         tombstone = tombstones.get(instance.instance_id)
@@ -375,6 +384,7 @@ MUTANTS: tuple[Mutant, ...] = (
             ("word-stands", "what a node's beat says twice is so", _word_stands, 700),
             ("births-count", "a deletion covers all that one command made", _births_count, 2200),
             ("no-promise-kept", "an instance that was promised stays, whoever leads", _no_promise_kept, 3400),
+            ("no-reason", "an instance that stays pending has a visible reason", _no_reason, 2250),
             ("all-asked", "a promise outlives what a master took back by itself", _all_asked, 10730),
             ("seq-follows", "a snapshot of a lower seq is merged, not taken", _seq_follows, 6390),
         )
