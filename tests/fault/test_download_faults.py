@@ -44,12 +44,21 @@ def done_bytes(node: DownloadingNode) -> int:
         return part.done_bytes
 
 
+def marked(node: DownloadingNode) -> int:
+    """Chunks that are marked as whole, read while another process has the file."""
+    marks = node.shelf.parts / f"{part_key(REPO, CARD.files[0])}.done"
+    return marks.read_bytes()[: -(-len(BODY) // CHUNK)].count(1) if marks.exists() else 0
+
+
 def target(node: DownloadingNode) -> Path:
     return node.folder / "org" / "m" / "m.safetensors"
 
 
 async def kill_in_the_middle(node: DownloadingNode, small_hub: SmallHub, at_bytes: int) -> None:
-    """Begins the download, kills its process with SIGKILL when so much was sent, and waits for the end."""
+    """Begins the download, kills its process with SIGKILL when so much was sent and some of it lies whole on the disk,
+    and waits for the end.
+    """
+    before = marked(node)
     sent = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -63,6 +72,9 @@ async def kill_in_the_middle(node: DownloadingNode, small_hub: SmallHub, at_byte
     node.downloads.begin(CARD)
     async with asyncio.timeout(30.0):
         await sent.wait()
+        # what was sent may still be on its way to the disk, and another process's file tells nothing by itself
+        while marked(node) == before:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
     (child,) = hub_children()
     os.kill(child.pid, signal.SIGKILL)
     small_hub.on_block = lambda _: None
