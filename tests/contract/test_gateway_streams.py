@@ -430,6 +430,7 @@ async def test_a_client_that_reads_nothing_is_given_up_and_memory_stays_bounded(
 
 class _Named(msgspec.Struct):
     request_id: str
+    part_of: str = ""
 
 
 async def _first_text(response: aiohttp.ClientResponse) -> str:
