@@ -20,8 +20,8 @@ from skulk.bus.replica import Replica
 from skulk.bus.streams import Inbox
 from skulk.bus.subjects import GATEWAY_BEAT
 from skulk.clock import Clock
-from skulk.cluster.view import closed_as_told
 from skulk.cluster.liveness import GATEWAY_BEAT_S
+from skulk.cluster.view import closed_as_told
 from skulk.errors import UnavailableError
 from skulk.gateway.cards import Cards
 from skulk.gateway.dispatch import Dispatcher
