@@ -161,6 +161,7 @@ class Generate(Wire, frozen=True, kw_only=True):
         priority: ``batch`` waits for a slot behind every ``interactive`` one; a resumed answer goes before both.
         timeout_s: seconds from its arrival at the runner until the stream ends with ``deadline_exceeded``, whatever it
             has sent by then; None: the runner's own limit. A duration, for the clocks of two machines differ.
+        part_of: the request of several prompts that this is one of; a `Cancel` of that id ends it too.
     """
 
     request_id: str
@@ -175,6 +176,7 @@ class Generate(Wire, frozen=True, kw_only=True):
     resume: Resume | None = None
     timeout_s: float | None = None
     priority: Priority = "interactive"
+    part_of: str = ""
 
 
 class Accepted(Wire, frozen=True, kw_only=True):
@@ -195,7 +197,7 @@ class Accepted(Wire, frozen=True, kw_only=True):
 
 
 class Cancel(Wire, frozen=True, kw_only=True):
-    """Stop a request; unknown ones are no error, for a cancel may cross the end."""
+    """Stop a request, or all that are part of it; unknown ones are no error, for a cancel may cross the end."""
 
     request_id: str
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from skulk.bus.subjects import GATEWAY_BEAT, RUNNER_RETIRE
@@ -212,6 +213,18 @@ async def test_a_cancel_ends_a_queued_request(tmp_path: Path) -> None:
         assert second.end.usage == Usage(prompt_tokens=6, completion_tokens=0)
         world.gate.open()
         assert (await first.finish()).text() == fake_answer()
+
+
+async def test_a_cancel_ends_every_prompt_that_is_part_of_its_request(tmp_path: Path) -> None:
+    async with runner_world(tmp_path, gated=True) as world:
+        parts = [msgspec.structs.replace(generate_of(name), part_of="whole") for name in ("a", "b")]
+        streams = [await world.generate(part) for part in parts]
+        other = await world.generate(generate_of("c"))
+        await world.gate.arrived(1)
+        assert (await world.cancel("whole")).was_running
+        world.gate.open()
+        assert [(await stream.finish()).end.reason for stream in streams] == ["cancelled", "cancelled"]
+        assert (await other.finish()).end.reason == "stop"
 
 
 async def test_a_cancel_that_comes_before_the_tokens_still_ends_it(tmp_path: Path) -> None:
