@@ -97,6 +97,12 @@ class Replica:
         return self._view
 
     @property
+    def closed(self) -> dict[str, float]:
+        """Seconds since the routes to nodes closed, of those that are closed."""
+        now = self._clock.now()
+        return {name: round(now - at, 2) for name, at in self._closed().items()}
+
+    @property
     def hash(self) -> str:
         """The digest of the state."""
         return self._hash

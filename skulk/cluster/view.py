@@ -205,6 +205,12 @@ def without_lost(
     return msgspec.structs.replace(view, nodes=nodes, runners=runners, known=known)
 
 
+def closed_as_told(view: ClusterView, node_id: str) -> Mapping[str, float]:
+    """Since when the routes from a node to others are closed, by its last beat; in the seconds of ``heard_at``."""
+    told = view.nodes.get(node_id)
+    return {} if told is None else {name: told.heard_at - seconds for name, seconds in told.beat.closed.items()}
+
+
 def without_master(view: ClusterView) -> ClusterView:
     """The view after the master fell silent or stepped down."""
     return msgspec.structs.replace(view, master=None)

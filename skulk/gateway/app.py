@@ -21,6 +21,7 @@ from skulk.bus.streams import Inbox
 from skulk.bus.subjects import GATEWAY_BEAT
 from skulk.clock import Clock
 from skulk.cluster.liveness import GATEWAY_BEAT_S
+from skulk.cluster.view import closed_as_told
 from skulk.errors import UnavailableError
 from skulk.gateway.cards import Cards
 from skulk.gateway.dispatch import Dispatcher
@@ -84,7 +85,8 @@ def build_app(spec: GatewaySpec, bus: Bus, catalogue: Catalogue, clock: Clock) -
         middlewares=[error_middleware, doors_middleware],
         client_max_size=spec.max_body_bytes,
     )
-    replica = Replica(bus, clock)
+    # its node's word, for a gateway has no routes of its own
+    replica = Replica(bus, clock, closed=lambda: closed_as_told(replica.view, spec.node_id))
     inbox = Inbox(bus, spec.gateway_id, clock)
     app[SPEC] = spec
     app[BUS] = bus

@@ -81,6 +81,7 @@ class Asking:
             resume=run.progress.resume(run.prompt_ids) if run.prompt_ids else None,
             timeout_s=max(0.0, run.deadline - self._clock.now()),
             priority=generation.priority,
+            part_of=run.part_of,
         )
 
     def cancel_soon(self, runner_id: str, request_id: str) -> None:

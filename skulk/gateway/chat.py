@@ -36,14 +36,16 @@ async def completions(request: web.Request) -> web.StreamResponse:
     body = await read_object(request)
     known = await known_model(request, model_of(body))
     asked = read_completion(body, known.card)
-    match asked.echo:
-        case None:
-            echo = ""
+    echoes = [await _text_of(request, known.card.model_id, prompt) for prompt in asked.echo]
+    return await generate(request, asked, lambda head: TextAnswer(head, echoes))
+
+
+async def _text_of(request: web.Request, model_id: str, prompt: TextPrompt | TokenPrompt) -> str:
+    match prompt:
         case TextPrompt():
-            echo = asked.echo.text
+            return prompt.text
         case TokenPrompt():
-            echo = await request.app[ASKER].text_of(known.card.model_id, asked.echo.tokens)
-    return await generate(request, asked, lambda head: TextAnswer(head, echo))
+            return await request.app[ASKER].text_of(model_id, prompt.tokens)
 
 
 async def known_model(request: web.Request, model_id: str) -> KnownModel:

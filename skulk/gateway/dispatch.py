@@ -37,7 +37,7 @@ from skulk.errors import ServiceError, SkulkError, UnavailableError
 from skulk.gateway.asking import Asking
 from skulk.gateway.crashes import Crashes, crashed
 from skulk.gateway.loading import Loads
-from skulk.gateway.queues import Queues
+from skulk.gateway.queues import Queues, slots_of
 from skulk.gateway.routing import Router
 from skulk.gateway.run import Attempt, Generation, Run, life_of
 from skulk.gateway.waiting import death_of, has_crashed, not_placed, why_not_ready
@@ -107,8 +107,13 @@ class Dispatcher:
         return tuple(sorted(self._waited))
 
     @asynccontextmanager
-    async def begin(self, generation: Generation, timeout_s: float) -> AsyncGenerator[Run]:
+    async def begin(self, generation: Generation, timeout_s: float, *, part_of: str = "") -> AsyncGenerator[Run]:
         """A run that a runner has accepted. Leaving before its end cancels it at the runner.
+
+        Args:
+            generation: what is asked.
+            timeout_s: seconds until it ends with ``deadline_exceeded``, wherever it is.
+            part_of: the request that it is one prompt of; its id cancels it too.
 
         Raises:
             SkulkError: see the module's table.
@@ -118,7 +123,8 @@ class Dispatcher:
                 "overloaded", f"{MAX_RUNS} requests are open at this node; ask another one, or later", retry_after_s=2
             )
         self._crashes.check(generation)
-        run = Run(new_id(), generation, self._clock.now() + timeout_s, self._clock, self._find_next)
+        deadline = self._clock.now() + timeout_s
+        run = Run(new_id(), generation, deadline, self._clock, self._find_next, part_of)
         self._runs[run.request_id] = run
         self._idle.clear()
         try:
@@ -130,16 +136,21 @@ class Dispatcher:
 
     async def cancel(self, request_id: str) -> bool:
         """Cancels a generation of this or of another gateway; False where nobody knows it or it has ended."""
-        own = self._runs.get(request_id)
-        if own is not None and own.is_finding:
-            own.cancel_search()
-            return True
-        if own is not None and own.attempt is not None:
-            await self._asking.cancel(own.runner_id, request_id)
+        own = [run for run in self._runs.values() if request_id in (run.request_id, run.part_of)]
+        searching = [run for run in own if run.is_finding]
+        for run in searching:
+            run.cancel_search()
+        asked = {run.runner_id for run in own if run.attempt is not None and not run.is_finding}
+        if searching or asked:
+            await asyncio.gather(*(self._asking.cancel(runner, request_id) for runner in sorted(asked)))
             return True
         runners = [name for name, status in self._replica.view.runners.items() if status.phase in ("ready", "draining")]
         answers = await asyncio.gather(*(self._asking.cancel(runner, request_id) for runner in runners))
         return any(answers)
+
+    def slots_of(self, model_id: str) -> int:
+        """Requests for a model that are computed side by side now."""
+        return slots_of(ready_instances(self._replica.view, model_id))
 
     def drain(self) -> None:
         """Takes no new generations from now on."""

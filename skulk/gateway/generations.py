@@ -1,7 +1,7 @@
 """Every generation over HTTP: a dialect's request in, its stream or its whole answer out.
 
     read ──> dispatcher.begin ──> accepted ──┬── stream: headers, command id, events, statistics, [DONE]
-              │                              └── whole: one body
+              │  (`prompts` of several)      └── whole: one body
               └── refused: a true status, nothing was sent
 
 After the headers an error is one event, ``data: {"error": …}``, and the stream ends without ``[DONE]``: that word
@@ -14,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Final
+from contextlib import AbstractAsyncContextManager
+from typing import Final, TypeAlias
 
 import msgspec
 from aiohttp import web
@@ -27,13 +28,15 @@ from skulk.gateway.errors import envelope_of, internal_error
 from skulk.gateway.keys import CLOCK, DISPATCHER, METRICS, REPLICA, REQUEST_ID, SPEC
 from skulk.gateway.openai.answers import Answer, Bytes, Head, Part, Stats, grow
 from skulk.gateway.openai.requests import Asked
-from skulk.gateway.run import Run
+from skulk.gateway.prompts import Prompts, begin_all
+from skulk.gateway.run import Generation, Run
 from skulk.wire.base import encode
 from skulk.wire.generation import Chunk, Priority, StreamEnd, Timings
 
 log = logging.getLogger("skulk.gateway")
 
 Answers = Callable[[Head], Answer]
+Reading: TypeAlias = Run | Prompts
 STALLED_S: Final = 60.0
 LAST_WORD_S: Final = 1.0
 
@@ -47,24 +50,32 @@ async def generate(
         SkulkError: it was refused or failed before anything was sent.
     """
     timeout_s = timeout_of(request, request.app[SPEC].request_timeout_s)
-    generation = msgspec.structs.replace(
-        asked.generation, priority=priority_of(request), key=request.get(KEY_NAME) or ""
-    )
-    async with request.app[DISPATCHER].begin(generation, timeout_s) as run:
+    priority, key = priority_of(request), request.get(KEY_NAME) or ""
+    generations = [msgspec.structs.replace(one, priority=priority, key=key) for one in asked.generations]
+    async with _begun(request, generations, timeout_s) as run:
         head = Head(
             request_id=run.request_id,
             created=int(request.app[CLOCK].wall()),
-            model=asked.generation.model_id,
-            n=asked.generation.n,
+            model=generations[0].model_id,
+            n=sum(one.n for one in generations),
             include_usage=asked.include_usage,
         )
         headers = {"X-Skulk-Inert": ", ".join(asked.inert)} if asked.inert else {}
         answer = answers(head)
         if asked.stream:
             return await _stream(request, run, answer, headers)
-        parts, end = await _collect(request, run, asked.generation.n)
+        parts, end = await _collect(request, run, head.n)
         stats: Stats | UnsetType = stats_of(request, run, end) if with_stats else UNSET
         return web.Response(body=answer.whole(parts, end, stats), headers=headers, content_type="application/json")
+
+
+def _begun(
+    request: web.Request, generations: list[Generation], timeout_s: float
+) -> AbstractAsyncContextManager[Reading]:
+    dispatcher = request.app[DISPATCHER]
+    if len(generations) > 1:
+        return begin_all(dispatcher, generations, request.app[CLOCK], timeout_s)
+    return dispatcher.begin(generations[0], timeout_s)
 
 
 def timeout_of(request: web.Request, most_s: float) -> float:
@@ -105,7 +116,7 @@ def priority_of(request: web.Request) -> Priority:
             )
 
 
-async def _collect(request: web.Request, run: Run, n: int) -> tuple[list[Part], StreamEnd]:
+async def _collect(request: web.Request, run: Reading, n: int) -> tuple[list[Part], StreamEnd]:
     parts = [Part(text=[]) for _ in range(n)]
     while run.end is None:
         for chunk in await run.take(request.app[SPEC].request_timeout_s):
@@ -115,7 +126,7 @@ async def _collect(request: web.Request, run: Run, n: int) -> tuple[list[Part], 
     return parts, run.end
 
 
-async def _stream(request: web.Request, run: Run, answer: Answer, headers: dict[str, str]) -> web.StreamResponse:
+async def _stream(request: web.Request, run: Reading, answer: Answer, headers: dict[str, str]) -> web.StreamResponse:
     response = await sse.open_stream(request, headers)
     run.is_answered = True
     metrics = request.app[METRICS]
@@ -136,7 +147,7 @@ async def _stream(request: web.Request, run: Run, answer: Answer, headers: dict[
     return response
 
 
-async def _send_events(request: web.Request, response: web.StreamResponse, run: Run, answer: Answer) -> None:
+async def _send_events(request: web.Request, response: web.StreamResponse, run: Reading, answer: Answer) -> None:
     keep_alive_s = request.app[SPEC].keep_alive_s
     await _write(request, response, run, sse.comment(f"command_id {run.request_id}"))
     while run.end is None:
@@ -158,21 +169,20 @@ def _joined(chunks: list[Chunk], answer: Answer) -> bytes:
     return b"".join(answer.event(chunk) for chunk in chunks)
 
 
-async def _write(request: web.Request, response: web.StreamResponse, run: Run, body: bytes) -> None:
+async def _write(request: web.Request, response: web.StreamResponse, run: Reading, body: bytes) -> None:
     """Writes; a client that takes nothing for `STALLED_S` is given up."""
     transport = request.transport
     if transport is not None and transport.get_write_buffer_size() == 0:
         # it takes what it is given: nothing to wait for, and no timer for each token
         await response.write(body)
         return
-    pending = run.current.reader.pending
-    pending.is_behind = True
+    run.is_behind = True
     try:
         await run.within(response.write(body), STALLED_S)
     except TimeoutError:
         raise ServiceError("stream_lost", f"the client has taken nothing for {STALLED_S:.0f} s: read faster") from None
     finally:
-        pending.is_behind = False
+        run.is_behind = False
 
 
 async def _send_error(request: web.Request, response: web.StreamResponse, error: SkulkError) -> None:
@@ -203,9 +213,9 @@ def _count_end(request: web.Request, end: StreamEnd) -> None:
         metrics.prompt_tokens += end.usage.prompt_tokens
 
 
-def stats_of(request: web.Request, run: Run, end: StreamEnd) -> Stats:
+def stats_of(request: web.Request, run: Reading, end: StreamEnd) -> Stats:
     """The statistics of an ended run."""
-    status = request.app[REPLICA].view.runners.get(run.runner_id, run.status)
+    status = request.app[REPLICA].view.runners.get(run.status.runner_id, run.status)
     usage, timings = end.usage, end.timings
     accepted = run.accepted
     prompt = 0 if accepted is None else accepted.prompt_tokens
@@ -223,11 +233,11 @@ def stats_of(request: web.Request, run: Run, end: StreamEnd) -> Stats:
     )
 
 
-def _generation_tps(run: Run, generated: int, timings: Timings | None) -> float:
-    """Of the runner that ended it, where others had a part in it: each has a clock of its own."""
+def _generation_tps(run: Reading, generated: int, timings: Timings | None) -> float:
+    """As the end tells it, where several runners had a part in it: each has a clock of its own."""
     if timings is None:
         return 0.0
-    return round(timings.decode_tps, 2) if run.resumptions else _rate(generated, timings.decode_s)
+    return _rate(generated, timings.decode_s) if run.has_one_clock else round(timings.decode_tps, 2)
 
 
 def _rate(tokens: int, seconds: float) -> float:

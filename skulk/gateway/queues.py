@@ -3,6 +3,13 @@
 What is let through is a little more than the runners have slots, so that none of them stands idle; what waits here can
 still be weighed by key and priority. All of it is bounded: a queue by `WAITING_A_SLOT`, so that nobody waits
 for more than a few answers of others, the wait by the caller.
+
+    calm        a burst waits: up to `WAITING_A_SLOT` for each slot
+      │ ▲
+      │ └─ nobody was refused for `CALM_S`
+      ▼ the queue is full
+    overloaded  more comes than can be served, so a long queue would make all wait and serve none more: `CROWDED_SHARE`
+                of the slots may wait, and who is let in is answered nearly as soon as ever
 """
 
 from __future__ import annotations
@@ -22,14 +29,24 @@ from skulk.wire.state import Instance
 
 WAITING_A_SLOT: Final = 4
 MOST_WAITING: Final = 1024
+CROWDED_SHARE: Final = 0.125
+CALM_S: Final = 5.0
 _NEW_SHARE: Final = 0.2
 _MAX_RETRY_S: Final = 60.0
 
 
+def slots_of(ready: tuple[Instance, ...]) -> int:
+    """Slots of a model's ready instances."""
+    return sum(_slots(ready))
+
+
 def window_of(ready: tuple[Instance, ...]) -> int:
     """Slots of a model's ready instances, and a quarter more."""
-    slots = [found.assignment.n_parallel for found in ready if found.assignment is not None]
-    return sum(count + max(1, count // 4) for count in slots)
+    return sum(count + max(1, count // 4) for count in _slots(ready))
+
+
+def _slots(ready: tuple[Instance, ...]) -> list[int]:
+    return [found.assignment.n_parallel for found in ready if found.assignment is not None]
 
 
 class ModelQueue:
@@ -40,6 +57,7 @@ class ModelQueue:
         self._turns = Turns()
         self._called: dict[int, asyncio.Future[None]] = {}
         self._took_s = 0.0
+        self._refused_at = -math.inf
         self.window = 1
 
     @property
@@ -50,6 +68,13 @@ class ModelQueue:
     @property
     def is_empty(self) -> bool:
         return not self._turns.working and not self._turns.waiting
+
+    @property
+    def limit(self) -> int:
+        """So many may wait now."""
+        if self._clock.now() - self._refused_at < CALM_S:
+            return math.ceil(CROWDED_SHARE * self.window)
+        return min(WAITING_A_SLOT * self.window, MOST_WAITING)
 
     def resize(self, window: int) -> None:
         """There are so many slots now."""
@@ -62,11 +87,13 @@ class ModelQueue:
         Raises:
             UnavailableError: ``overloaded``: the queue is full, another key's turn came before, or the wait was long.
         """
-        limit = min(WAITING_A_SLOT * self.window, MOST_WAITING)
+        limit = self.limit
         entered = enter(self._turns, ticket, window=self.window, limit=limit)
         self._turns = entered.turns
         if entered.outcome == "goes":
             return
+        if entered.outcome == "refused" or entered.displaced is not None:
+            self._refused_at = self._clock.now()
         if entered.outcome == "refused":
             raise self._overloaded(f"{limit} requests wait for this model and no more can")
         if entered.displaced is not None:

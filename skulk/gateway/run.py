@@ -115,6 +115,7 @@ class Run(Stoppable):
 
     Args:
         request_id: the same over all attempts; also the command id that cancels.
+        part_of: the request that this is one prompt of, by which it is cancelled too; empty: it is whole.
         deadline: `Clock.now()` seconds.
         find_next: finds the next attempt after one was lost, or raises why there is none.
 
@@ -140,9 +141,11 @@ class Run(Stoppable):
         deadline: float,
         clock: Clock,
         find_next: Callable[[Run, SkulkError], Coroutine[Any, Any, None]],
+        part_of: str = "",
     ) -> None:
         super().__init__()
         self.request_id = request_id
+        self.part_of = part_of
         self.asked = generation
         self.generation = seeded(generation)
         self.deadline = deadline
@@ -194,6 +197,20 @@ class Run(Stoppable):
         return self.current.accepted
 
     @property
+    def is_behind(self) -> bool:
+        """Its reader can't go on: what comes is joined."""
+        return self.current.reader.pending.is_behind
+
+    @is_behind.setter
+    def is_behind(self, is_behind: bool) -> None:
+        self.current.reader.pending.is_behind = is_behind
+
+    @property
+    def has_one_clock(self) -> bool:
+        """Whether no other runner had a part in it."""
+        return not self.resumptions
+
+    @property
     def is_finding(self) -> bool:
         """Whether it is between two runners."""
         return self._finding is not None and not self._finding.done()
@@ -229,7 +246,7 @@ class Run(Stoppable):
             now = self._clock.now()
             if now >= due:
                 if now >= self.deadline:
-                    raise self._too_late()
+                    raise too_late()
                 return []
             await self._wait(due - now)
 
@@ -309,12 +326,14 @@ class Run(Stoppable):
             end=StreamEnd(reason="cancelled", usage=usage),
         )
 
-    def _too_late(self) -> ServiceError:
-        return ServiceError(
-            "deadline_exceeded",
-            "the answer was not complete when the request's time was up; ask for fewer tokens, or raise "
-            "X-Request-Timeout (at most SKULK_REQUEST_TIMEOUT_S)",
-        )
+
+def too_late() -> ServiceError:
+    """The end of an answer that took too long."""
+    return ServiceError(
+        "deadline_exceeded",
+        "the answer was not complete when the request's time was up; ask for fewer tokens, or raise "
+        "X-Request-Timeout (at most SKULK_REQUEST_TIMEOUT_S)",
+    )
 
 
 def life_of(status: RunnerStatus) -> tuple[int, float]:

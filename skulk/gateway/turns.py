@@ -101,7 +101,7 @@ def _at_work(turns: Turns, ticket: Ticket) -> Turns:
 def _over_its_share(turns: Turns, newcomer: Ticket, limit: int) -> Ticket | None:
     """The newest waiting request of the greediest key, where the newcomer's key has less than its share."""
     counts = Counter(one.key for one in turns.waiting)
-    share = limit // len({*counts, newcomer.key})
+    share = max(1, limit // len({*counts, newcomer.key}))
     greediest, most = counts.most_common(1)[0]
     if counts[newcomer.key] >= share or most <= share:
         return None

@@ -240,6 +240,7 @@ class Node:
             unmerged=self._replica.is_unmerged,
             engine=measured.engine,
             speeds=self._speeds_told(),
+            closed=self._replica.closed,
         )
 
     def _speeds_told(self) -> tuple[MeasuredSpeed, ...]:

@@ -180,7 +180,7 @@ class Runner:
         return await asyncio.shield(request.accepted)
 
     async def _cancel(self, call: Call[Cancel]) -> Cancelled:
-        found = tuple(self._table.attempts(call.message.request_id))
+        found = tuple(self._table.known_as(call.message.request_id))
         for request in found:
             self._end(request, StreamEnd(reason="cancelled"))
         was_running = bool(found) or self._desk.cancel(call.message.request_id)

@@ -89,6 +89,14 @@ class RequestTable:
         """The open attempts of a request."""
         return (request for request in self.open_requests() if request.key.request_id == request_id)
 
+    def known_as(self, request_id: str) -> Iterator[OpenRequest]:
+        """The open attempts of a request, and those of the prompts that are part of it."""
+        return (
+            request
+            for request in self.open_requests()
+            if request.key.request_id == request_id or request.generate.part_of == request_id != ""
+        )
+
     @property
     def open_sequences(self) -> int:
         return sum(request.generate.n for request in self.open_requests())

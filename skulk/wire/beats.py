@@ -157,6 +157,7 @@ class NodeBeat(Wire, frozen=True, kw_only=True):
         speeds: what its runners were measured to do, one for each backend and doubling of size, the newest.
         unmerged: its state holds what the master's lacks; the master's next round takes it in.
         leaving: its last beat: it stops in order and is not to be waited for.
+        closed: seconds since its routes to these nodes closed; only of late, and while they are.
     """
 
     node_id: str
@@ -190,6 +191,7 @@ class NodeBeat(Wire, frozen=True, kw_only=True):
     engine: EngineFacts = EngineFacts()
     speeds: tuple[MeasuredSpeed, ...] = ()
     commit: str = ""
+    closed: dict[str, float] = {}
 
 
 class MasterBeat(Wire, frozen=True, kw_only=True):

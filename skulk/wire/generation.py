@@ -84,6 +84,7 @@ class Sampling(Wire, frozen=True, kw_only=True):
         dry_penalty_last_n: how far DRY looks back; -1: the whole window.
         dry_sequence_breakers: texts that end a repetition; None: line feed, colon, quotation mark, asterisk.
         seed: with choice and position it decides every draw.
+        grammar: GBNF that the answer is held to; None: any text.
     """
 
     temperature: float | None = None
@@ -108,6 +109,7 @@ class Sampling(Wire, frozen=True, kw_only=True):
     dry_sequence_breakers: tuple[str, ...] | None = None
     logit_bias: dict[int, float] = {}
     seed: int | None = None
+    grammar: str | None = None
 
 
 class Limits(Wire, frozen=True, kw_only=True):
@@ -159,6 +161,7 @@ class Generate(Wire, frozen=True, kw_only=True):
         priority: ``batch`` waits for a slot behind every ``interactive`` one; a resumed answer goes before both.
         timeout_s: seconds from its arrival at the runner until the stream ends with ``deadline_exceeded``, whatever it
             has sent by then; None: the runner's own limit. A duration, for the clocks of two machines differ.
+        part_of: the request of several prompts that this is one of; a `Cancel` of that id ends it too.
     """
 
     request_id: str
@@ -173,6 +176,7 @@ class Generate(Wire, frozen=True, kw_only=True):
     resume: Resume | None = None
     timeout_s: float | None = None
     priority: Priority = "interactive"
+    part_of: str = ""
 
 
 class Accepted(Wire, frozen=True, kw_only=True):
@@ -193,7 +197,7 @@ class Accepted(Wire, frozen=True, kw_only=True):
 
 
 class Cancel(Wire, frozen=True, kw_only=True):
-    """Stop a request; unknown ones are no error, for a cancel may cross the end."""
+    """Stop a request, or all that are part of it; unknown ones are no error, for a cancel may cross the end."""
 
     request_id: str
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from skulk.bus.subjects import NODE_BEAT
 from skulk.errors import RequestError, UnavailableError
 from skulk.gateway.keys import DISPATCHER, REPLICA
 from skulk.gateway.routes import ROUTES
@@ -18,7 +19,7 @@ from skulk.wire.base import ErrorBody
 from skulk.wire.events import InstanceCreated, InstanceUnassigned
 from skulk.wire.placement import NodeReport, PlacementDecision
 from tests.support.http import MODEL, NODE, WAIT_S, Gateway, chat_body, hold, running_gateway
-from tests.support.states import instance
+from tests.support.states import beat, instance
 
 
 @pytest.fixture
@@ -292,6 +293,16 @@ async def test_a_model_that_only_another_node_knows_but_is_placed(gateway: Gatew
 
 
 # Models
+
+
+async def test_a_node_whose_routes_closed_is_lost_by_its_neighbours_word(gateway: Gateway, monkeypatch: Any) -> None:
+    monkeypatch.setattr("skulk.cluster.view.NODE_LOST_S", 3600.0)
+    monkeypatch.setattr("skulk.cluster.view.NODE_CLOSED_S", 0.1)
+    await gateway.cluster.bus.publish(NODE_BEAT, beat("bbbb"), node="bbbb")
+    await gateway.sees(lambda view: "bbbb" in view.nodes)
+    gateway.cluster.more_of_beat["closed"] = {"bbbb": 0.05}
+    await gateway.sees(lambda view: "bbbb" not in view.nodes)
+    assert "aaaa" in gateway.view.nodes
 
 
 async def test_models_by_how_near_they_are(gateway: Gateway) -> None:

@@ -430,6 +430,7 @@ async def test_a_client_that_reads_nothing_is_given_up_and_memory_stays_bounded(
 
 class _Named(msgspec.Struct):
     request_id: str
+    part_of: str = ""
 
 
 async def _first_text(response: aiohttp.ClientResponse) -> str:
@@ -491,6 +492,29 @@ async def test_long_prompts_cross_the_bus_whatever_its_limit_is(tmp_path: Path) 
             whole = await world.whole(messages=long, temperature=0, max_tokens=100)
             assert len(world.runs[-1].prompt_ids) > 200_000
             assert len(whole.texts()[0].encode()) == 60
+
+
+async def test_who_waits_for_a_runners_slot_hears_keep_alives_until_it_is_free(tmp_path: Path) -> None:
+    """A runner process with one slot, which another answer has taken."""
+    with no_process_left(), NatsServer() as server:
+        async with replicas(tmp_path, server.url, keep_alive_s=0.05) as world:
+            size: dict[str, Any] = {
+                "n_parallel": 1,
+                "answer_tokens": 100_000,
+                "step_s": 0.01,
+                "context_length": 100_000,
+            }
+            await world.serve("a", fake_runner(tmp_path, "a", server.url, kv_cells=100_000, **size))
+            async with world.open() as (first, heard), asyncio.timeout(WAIT_S):
+                while not heard.texts():
+                    heard.body += await first.content.readany()
+                async with world.open(max_tokens=3) as (second, waiting):
+                    while waiting.events.count(": keep-alive") < 3:
+                        waiting.body += await second.content.readany()
+                    assert waiting.texts() == {}, "accepted, and in the runner's queue"
+                    first.close()
+                    waiting.body += await second.read()
+            assert waiting.is_whole and waiting.texts()[0]
 
 
 async def test_the_replica_that_has_the_conversation_is_asked(gateway: Gateway) -> None:

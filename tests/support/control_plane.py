@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -161,11 +161,12 @@ class FakeNode:
         patience_s: float = 0.0,
         can_lead: bool = True,
         master_heard_at: float | None = None,
+        closed: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         clock = bus.clock
         self.bus = bus
         self.machine = machine
-        self.replica = Replica(bus, clock, state, keeps=True)
+        self.replica = Replica(bus, clock, state, keeps=True, closed=closed)
         self.hosting = Hosting(bus, clock, node_id, machine)
         self.master = Master(
             bus, self.replica, clock, node_id=node_id, incarnation="0001", patience_s=patience_s, can_lead=can_lead
@@ -197,6 +198,7 @@ async def running_node(
     node_id: str = "aaaa",
     machine: FakeMachine | None = None,
     patience_s: float = 0.0,
+    closed: Callable[[], Mapping[str, float]] = dict,
 ) -> AsyncGenerator[FakeNode]:
     """A node that leads, and has heard its own first beat."""
     bus = FrozenBus(hub or MemoryHub(), cluster="test", name=node_id)
@@ -207,6 +209,7 @@ async def running_node(
         machine or FakeMachine(),
         state=load_state(home, bus.cluster),
         patience_s=patience_s,
+        closed=closed,
     )
     await node.replica.start()
     task = asyncio.create_task(node.run(), name="fake-node")

@@ -258,7 +258,8 @@ def fake_runner(folder: Path, name: str, nats_url: str, *, hang_at: int | None =
 def options_file(folder: Path, name: str, *, hang_at: int | None = None, **options: Any) -> Path:
     """A file of options of the fake engine; one a step at which it hangs."""
     path = folder / f"{name}-{hang_at}.json"
-    path.write_bytes(msgspec.json.encode(FakeOptions(answer_tokens=60, hang_at_step=hang_at, **options)))
+    told: dict[str, Any] = {"answer_tokens": 60, "hang_at_step": hang_at, **options}
+    path.write_bytes(msgspec.json.encode(FakeOptions(**told)))
     return path
 
 

@@ -167,7 +167,7 @@ class FakeRunner:
         )
 
     async def _cancel(self, call: Call[Cancel]) -> Cancelled:
-        known = any(asked.request_id == call.message.request_id for asked in self.asked)
+        known = any(call.message.request_id in (asked.request_id, asked.part_of) for asked in self.asked)
         self.cancels.append(call.message.request_id)
         if known:
             self.cancelled.set()

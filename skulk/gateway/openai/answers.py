@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, Literal, Protocol
 
 import msgspec
@@ -156,7 +157,7 @@ class TextCompletion(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True):
-    """What every event of one answer repeats. ``created``: whole seconds since the epoch."""
+    """What every event of one answer repeats. ``created``: whole seconds since the epoch; ``n``: choices in all."""
 
     request_id: str
     created: int
@@ -283,11 +284,12 @@ class ChatAnswer:
 
 
 class TextAnswer:
-    """``/v1/completions``. ``echo``: what each choice begins with."""
+    """``/v1/completions``. ``echoes``: what the choices of each prompt begin with; empty: with nothing."""
 
-    def __init__(self, head: Head, echo: str = "") -> None:
+    def __init__(self, head: Head, echoes: Sequence[str] = ()) -> None:
         self._head = head
-        self._echo = echo
+        each = head.n // len(echoes) if echoes else 0
+        self._echoes = [echo for echo in echoes for _ in range(each)] or [""] * head.n
         self._id = f"cmpl-{head.request_id}"
         self._usage: UnsetType | None = None if head.include_usage else UNSET
         self._choices = _Choices(head.n)
@@ -311,7 +313,7 @@ class TextAnswer:
         choices = tuple(
             TextChoice(
                 index=index,
-                text=self._echo + "".join(part.text),
+                text=self._echoes[index] + "".join(part.text),
                 finish_reason=part.finish_reason or reason_of(end.reason),
             )
             for index, part in enumerate(parts)
@@ -321,7 +323,8 @@ class TextAnswer:
 
     def _begun(self, choice: int) -> bytes:
         """The echo as an event of its own before a choice's first one."""
-        return self._event(choice, self._echo, None) if self._choices.begins(choice) and self._echo else b""
+        echo = self._echoes[choice]
+        return self._event(choice, echo, None) if self._choices.begins(choice) and echo else b""
 
     def _event(self, index: int, text: str, finish: ClientReason | None) -> bytes:
         return sse(self._completion((TextChoice(index=index, text=text, finish_reason=finish),), self._usage))

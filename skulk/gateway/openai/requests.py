@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
 
-from skulk.batching.ranges import MAX_BREAKER_BYTES, MAX_BREAKERS
+from skulk.batching.ranges import MAX_BREAKER_BYTES, MAX_BREAKERS, MAX_GRAMMAR_CHARACTERS
 from skulk.errors import RequestError
 from skulk.gateway.bodies import read_as
 from skulk.gateway.openai.fields import CHAT_FIELDS, COMPLETION_FIELDS, sort_fields
@@ -21,6 +21,7 @@ from skulk.wire.generation import ChatPrompt, InfillPrompt, Limits, Prompt, Samp
 from skulk.wire.model import ModelCard
 
 MAX_CHOICES: Final = 8
+MAX_PROMPTS: Final = 128
 MAX_STOPS: Final = 16
 MAX_MODEL_ID: Final = 512
 INT32: Final = 2**31 - 1
@@ -77,6 +78,7 @@ class CommonRequest(msgspec.Struct, frozen=True, kw_only=True):
     dry_sequence_breakers: Annotated[list[Breaker], msgspec.Meta(min_length=1, max_length=MAX_BREAKERS)] | None = None
     logit_bias: Annotated[dict[str, Bias], msgspec.Meta(max_length=1024)] | None = None
     seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    grammar: Annotated[str, msgspec.Meta(max_length=MAX_GRAMMAR_CHARACTERS)] | None = None
 
 
 class ChatRequest(CommonRequest, frozen=True, kw_only=True):
@@ -92,6 +94,7 @@ class CompletionRequest(CommonRequest, frozen=True, kw_only=True):
     """``POST /v1/completions``.
 
     Attributes:
+        prompt: a text, token ids, or an array of such; each has ``n`` choices of its own.
         suffix: what comes after the gap that the answer fills.
         echo: each choice begins with the text of the prompt.
     """
@@ -105,16 +108,17 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """A request, understood.
 
     Attributes:
+        generations: one for each prompt, alike in all else.
         inert: names of the fields that were sent and do nothing.
         include_usage: the stream shall end with the usage.
-        echo: each choice shall begin with this prompt; None: it shall not.
+        echo: the prompts that their choices shall begin with; empty: they shall not.
     """
 
-    generation: Generation
+    generations: tuple[Generation, ...]
     stream: bool
     include_usage: bool
     inert: tuple[str, ...]
-    echo: TextPrompt | TokenPrompt | None = None
+    echo: tuple[TextPrompt | TokenPrompt, ...] = ()
 
 
 def read_chat(body: dict[str, Any], card: ModelCard) -> Asked:
@@ -135,7 +139,7 @@ def read_chat(body: dict[str, Any], card: ModelCard) -> Asked:
     can_think = "thinking" in card.capabilities
     prompt = ChatPrompt(messages=chat_messages(request.messages), variables=thinking if can_think else {})
     inert = fields.inert if can_think else (*fields.inert, *thinking)
-    return _asked(request, card, prompt, _max_tokens(request), inert)
+    return _asked(request, card, [prompt], _max_tokens(request), inert)
 
 
 def read_completion(body: dict[str, Any], card: ModelCard) -> Asked:
@@ -148,9 +152,9 @@ def read_completion(body: dict[str, Any], card: ModelCard) -> Asked:
     request = read_as(fields.honoured, CompletionRequest)
     # OpenAI's own default of this call, and only of this one
     max_tokens = 16 if request.max_tokens is None else request.max_tokens
-    written = _text_prompt(request.prompt)
-    prompt = _infill(written, request.suffix) if request.suffix else written
-    asked = _asked(request, card, prompt, max_tokens, fields.inert)
+    written = _text_prompts(request.prompt)
+    prompts = [_infill(one, request.suffix) if request.suffix else one for one in written]
+    asked = _asked(request, card, prompts, max_tokens, fields.inert)
     return msgspec.structs.replace(asked, echo=written) if request.echo else asked
 
 
@@ -172,7 +176,7 @@ def model_of(body: dict[str, Any]) -> str:
 
 
 def _asked(
-    request: CommonRequest, card: ModelCard, prompt: Prompt, max_tokens: int | None, inert: tuple[str, ...]
+    request: CommonRequest, card: ModelCard, prompts: Sequence[Prompt], max_tokens: int | None, inert: tuple[str, ...]
 ) -> Asked:
     if card.embeds:
         raise RequestError(
@@ -183,13 +187,14 @@ def _asked(
         raise RequestError("invalid_request", "stream_options needs stream: true", param="stream_options")
     generation = Generation(
         model_id=card.model_id,
-        prompt=prompt,
+        prompt=prompts[0],
         sampling=_sampling(request),
         limits=Limits(max_tokens=max_tokens, stop=_stops(request.stop), ignore_eos=request.ignore_eos),
         n=request.n,
     )
     include_usage = options is not None and bool(options.include_usage)
-    return Asked(generation=generation, stream=request.stream, include_usage=include_usage, inert=inert)
+    generations = tuple(msgspec.structs.replace(generation, prompt=prompt) for prompt in prompts)
+    return Asked(generations=generations, stream=request.stream, include_usage=include_usage, inert=inert)
 
 
 def _sampling(request: CommonRequest) -> Sampling:
@@ -216,6 +221,8 @@ def _sampling(request: CommonRequest) -> Sampling:
         dry_sequence_breakers=None if request.dry_sequence_breakers is None else tuple(request.dry_sequence_breakers),
         logit_bias=_logit_bias(request.logit_bias or {}),
         seed=request.seed,
+        # An empty one asks for nothing, as in llama.cpp.
+        grammar=request.grammar or None,
     )
 
 
@@ -243,26 +250,34 @@ def _max_tokens(request: ChatRequest) -> int | None:
     return old if new is None else new
 
 
-def _text_prompt(prompt: str | list[Any]) -> TextPrompt | TokenPrompt:
+def _text_prompts(prompt: str | list[Any]) -> tuple[TextPrompt | TokenPrompt, ...]:
     match prompt:
-        case str():
-            return TextPrompt(text=prompt)
-        case [str(text)]:
-            return TextPrompt(text=text)
-        case [[int(), *_] as tokens]:
-            return TokenPrompt(tokens=_token_ids(tokens))
-        case [int(), *_]:
-            return TokenPrompt(tokens=_token_ids(prompt))
-        case [] | [[]]:
+        case str() | [int(), *_]:
+            return (_text_prompt(prompt),)
+        case []:
             raise RequestError("invalid_request", "prompt is empty", param="prompt")
-        case [str() | list(), *_]:
+        case _ if len(prompt) > MAX_PROMPTS:
             raise RequestError(
-                "unsupported_field",
-                f"prompt: this version takes one prompt a request, not {len(prompt)}; send several requests",
+                "invalid_request",
+                f"prompt: {len(prompt)} prompts are over the {MAX_PROMPTS} of one request; send several requests",
                 param="prompt",
             )
         case _:
-            raise RequestError("invalid_request", "prompt must be a text or an array of token ids", param="prompt")
+            return tuple(_text_prompt(one) for one in prompt)
+
+
+def _text_prompt(prompt: Any) -> TextPrompt | TokenPrompt:
+    match prompt:
+        case str():
+            return TextPrompt(text=prompt)
+        case [int(), *_]:
+            return TokenPrompt(tokens=_token_ids(prompt))
+        case []:
+            raise RequestError("invalid_request", "prompt is empty", param="prompt")
+        case _:
+            raise RequestError(
+                "invalid_request", "prompt must be a text or an array of token ids, or an array of such", param="prompt"
+            )
 
 
 def _infill(prompt: TextPrompt | TokenPrompt, suffix: str) -> InfillPrompt:

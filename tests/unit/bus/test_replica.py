@@ -91,7 +91,9 @@ async def test_closed_routes_lose_a_node_before_its_silence_does(monkeypatch: py
     closed: dict[str, float] = {}
     async with following(MemoryHub(), closed=lambda: closed) as (replica, own, speaker):
         await hear(replica, speaker)
-        closed["aaaa"] = own.clock.now()
+        assert replica.closed == {}
+        closed["aaaa"] = own.clock.now() - 0.01
+        assert 0.0 < replica.closed["aaaa"] < 2.0
         assert await replica.wait_until(lambda view: not view.nodes, 2.0)
 
 

@@ -9,6 +9,7 @@ from skulk.cluster.liveness import closed_since, node_liveness
 from skulk.cluster.reconcile import difference, wanted_of
 from skulk.cluster.view import (
     ClusterView,
+    closed_as_told,
     followers_of,
     liveness_of,
     peers_of,
@@ -131,6 +132,13 @@ def test_a_node_is_lost_two_seconds_after_its_routes_closed() -> None:
     assert without_lost(view, 13.0, listening_since=11.1, closed={"aaaa": 11.0}) is view
     heard = with_node_beat(view, beat(), 12.5)
     assert without_lost(heard, 14.4, closed={"aaaa": 11.0}) is heard, "it has spoken since"
+
+
+def test_a_node_without_routes_of_its_own_takes_its_neighbours_word() -> None:
+    told = msgspec.structs.replace(beat(), closed={"bbbb": 1.5})
+    view = with_node_beat(view_with(), told, 10.0)
+    assert closed_as_told(view, "aaaa") == {"bbbb": 8.5}
+    assert closed_as_told(view, "cccc") == {}
 
 
 def test_since_when_routes_are_closed() -> None:

@@ -153,7 +153,7 @@ def test_refused_fields_name_themselves_and_null_is_not_sent(name: str) -> None:
     ],
 )
 def test_values_that_ask_for_nothing_are_accepted(harmless: dict[str, Any]) -> None:
-    assert read_chat(chat(**harmless), CARD).generation.n == 1
+    assert read_chat(chat(**harmless), CARD).generations[0].n == 1
 
 
 def test_zero_is_not_false() -> None:
@@ -164,14 +164,14 @@ def test_zero_is_not_false() -> None:
 def test_inert_fields_are_named_in_the_order_sent() -> None:
     asked = read_chat(chat(user="me", metadata={"a": "b"}, enable_thinking=False, reasoning_effort="low"), CARD)
     assert asked.inert == ("user", "metadata", "enable_thinking", "reasoning_effort")
-    assert asked.generation.prompt == ChatPrompt(messages=(ChatMessage(role="user", content="Hi"),))
+    assert asked.generations[0].prompt == ChatPrompt(messages=(ChatMessage(role="user", content="Hi"),))
 
 
 def test_a_model_that_thinks_heeds_the_toggle() -> None:
     asked = read_chat(chat(enable_thinking=False), THINKER)
     assert asked.inert == ()
-    assert isinstance(asked.generation.prompt, ChatPrompt)
-    assert asked.generation.prompt.variables == {"enable_thinking": False}
+    assert isinstance(asked.generations[0].prompt, ChatPrompt)
+    assert asked.generations[0].prompt.variables == {"enable_thinking": False}
 
 
 @pytest.mark.parametrize(
@@ -213,6 +213,8 @@ def test_a_model_that_thinks_heeds_the_toggle() -> None:
         ({"dry_sequence_breakers": [""]}, "dry_sequence_breakers[0]"),
         ({"dry_sequence_breakers": ["x" * 41]}, "dry_sequence_breakers[0]"),
         ({"dry_sequence_breakers": "\n"}, "dry_sequence_breakers"),
+        ({"grammar": "#" * 65_537}, "grammar"),
+        ({"grammar": {"root": "yes"}}, "grammar"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"5": 101}}, "logit_bias[...]"),
         ({"logit_bias": []}, "logit_bias"),
@@ -242,6 +244,10 @@ def test_wrong_values_are_refused_at_their_place(fields: dict[str, Any], param: 
     assert refused(chat(**fields)) == ("invalid_request", param)
 
 
+def test_an_empty_grammar_asks_for_nothing() -> None:
+    assert read_chat(chat(grammar=""), CARD).generations[0].sampling.grammar is None
+
+
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "video_url"])
 def test_other_parts_than_text_are_what_this_version_lacks(kind: str) -> None:
     parts = [{"type": "text", "text": "What is this?"}, {"type": kind, kind: {"url": "data:"}}]
@@ -259,7 +265,7 @@ def test_follow_up_turns_with_the_extras_that_clients_send() -> None:
         {"role": "tool", "tool_call_id": "c1", "name": "now", "content": "noon"},
         {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}], "reasoning_content": "hm"},
     ]
-    prompt = read_chat(chat(messages=messages), CARD).generation.prompt
+    prompt = read_chat(chat(messages=messages), CARD).generations[0].prompt
     assert prompt == ChatPrompt(
         messages=(
             ChatMessage(role="developer", content="Be brief."),
@@ -299,6 +305,7 @@ def test_what_is_honoured_arrives() -> None:
             frequency_penalty=-1,
             logit_bias={"42": -100},
             seed=-1,
+            grammar='root ::= "a"',
             stop=["a", "b"],
             max_completion_tokens=9,
             ignore_eos=True,
@@ -308,7 +315,7 @@ def test_what_is_honoured_arrives() -> None:
         ),
         CARD,
     )
-    sampling, limits = asked.generation.sampling, asked.generation.limits
+    sampling, limits = asked.generations[0].sampling, asked.generations[0].limits
     assert msgspec.structs.asdict(sampling) == {
         "temperature": 1.0,
         "top_k": 7,
@@ -332,24 +339,27 @@ def test_what_is_honoured_arrives() -> None:
         "frequency_penalty": -1.0,
         "logit_bias": {42: -100.0},
         "seed": -1,
+        "grammar": 'root ::= "a"',
     }
     assert (limits.max_tokens, limits.stop, limits.ignore_eos) == (9, ("a", "b"), True)
-    assert (asked.generation.n, asked.stream, asked.include_usage) == (8, True, True)
-    assert read_chat(chat(max_tokens=5, max_completion_tokens=5), CARD).generation.limits.max_tokens == 5
-    assert read_chat(chat(stop="x"), CARD).generation.limits.stop == ("x",)
-    assert read_chat(chat(), CARD).generation.limits.max_tokens is None
+    assert (asked.generations[0].n, asked.stream, asked.include_usage) == (8, True, True)
+    assert read_chat(chat(max_tokens=5, max_completion_tokens=5), CARD).generations[0].limits.max_tokens == 5
+    assert read_chat(chat(stop="x"), CARD).generations[0].limits.stop == ("x",)
+    assert read_chat(chat(), CARD).generations[0].limits.max_tokens is None
 
 
 def test_the_prompts_of_completions() -> None:
     def prompt_of(sent: Any) -> Any:
-        return read_completion(completion(prompt=sent), CARD).generation.prompt
+        return read_completion(completion(prompt=sent), CARD).generations[0].prompt
 
     assert prompt_of("a") == prompt_of(["a"]) == TextPrompt(text="a")
     assert prompt_of([1, 2]) == prompt_of([[1, 2]]) == TokenPrompt(tokens=(1, 2))
     for sent, code in (
         ([], "invalid_request"),
-        (["a", "b"], "unsupported_field"),
-        ([[1], [2]], "unsupported_field"),
+        (["a", []], "invalid_request"),
+        (["a", {}], "invalid_request"),
+        ([[1], [2, "b"]], "invalid_request"),
+        (["a"] * 129, "invalid_request"),
         ([1, "a"], "invalid_request"),
         ([-1], "invalid_request"),
         ([True], "invalid_request"),
@@ -362,8 +372,29 @@ def test_the_prompts_of_completions() -> None:
         assert (caught.value.code, caught.value.param) == (code, "prompt"), sent
 
 
+def test_several_prompts_are_one_generation_each() -> None:
+    asked = read_completion(completion(prompt=["a", [1, 2], ""], n=2, seed=7, max_tokens=3), CARD)
+    assert [one.prompt for one in asked.generations] == [
+        TextPrompt(text="a"),
+        TokenPrompt(tokens=(1, 2)),
+        TextPrompt(text=""),
+    ]
+    assert {(one.n, one.sampling.seed, one.limits.max_tokens) for one in asked.generations} == {(2, 7, 3)}
+    assert asked.echo == ()
+    asked = read_completion(completion(prompt=["a", "b"], suffix="z", echo=True), CARD)
+    assert [one.prompt for one in asked.generations] == [
+        InfillPrompt(prefix="a", suffix="z"),
+        InfillPrompt(prefix="b", suffix="z"),
+    ]
+    assert asked.echo == (TextPrompt(text="a"), TextPrompt(text="b"))
+    with pytest.raises(RequestError) as caught:
+        read_completion(completion(prompt=["a", [1]], suffix="z"), CARD)
+    assert caught.value.param == "suffix"
+    assert len(read_completion(completion(prompt=["a"] * 128), CARD).generations) == 128
+
+
 def test_completions_default_to_sixteen_tokens() -> None:
-    assert read_completion(completion(), CARD).generation.limits.max_tokens == 16
+    assert read_completion(completion(), CARD).generations[0].limits.max_tokens == 16
     for name, value in (("best_of", 2), ("logprobs", 0)):
         with pytest.raises(RequestError) as caught:
             read_completion(completion(**{name: value}), CARD)
@@ -371,9 +402,9 @@ def test_completions_default_to_sixteen_tokens() -> None:
 
 
 def test_a_suffix_makes_a_gap_to_fill() -> None:
-    gap = read_completion(completion(suffix=" ends."), CARD).generation.prompt
+    gap = read_completion(completion(suffix=" ends."), CARD).generations[0].prompt
     assert gap == InfillPrompt(prefix="Once", suffix=" ends.")
-    assert read_completion(completion(suffix=""), CARD).generation.prompt == TextPrompt(text="Once")
+    assert read_completion(completion(suffix=""), CARD).generations[0].prompt == TextPrompt(text="Once")
     with pytest.raises(RequestError) as caught:
         read_completion(completion(prompt=[1, 2], suffix="x"), CARD)
     assert caught.value.param == "suffix"
@@ -409,7 +440,7 @@ def test_no_json_object_is_more_than_a_refusal(fields: dict[str, Any]) -> None:
             assert outcome.code in ("invalid_request", "unsupported_field")
             assert outcome.detail
         else:
-            assert 1 <= outcome.generation.n <= 8
+            assert 1 <= outcome.generations[0].n <= 8
 
 
 @given(st.binary(max_size=200) | st.text(max_size=100).map(str.encode) | JSON.map(msgspec.json.encode))

@@ -49,6 +49,16 @@ async def test_a_machine_that_cannot_be_measured_still_speaks(tmp_path: Path, ca
         assert "Too many open files" in caplog.text
 
 
+async def test_it_tells_whose_routes_are_closed(tmp_path: Path) -> None:
+    closed: dict[str, float] = {}
+    async with running_node(tmp_path, machine=FakeMachine(), closed=lambda: closed) as node:
+        await next_beat(node)
+        assert node.replica.view.nodes["aaaa"].beat.closed == {}
+        closed["bbbb"] = node.bus.clock.now() - 1.0
+        assert await node.replica.wait_until(lambda view: "bbbb" in view.nodes["aaaa"].beat.closed, 5.0)
+        assert node.replica.view.nodes["aaaa"].beat.closed["bbbb"] >= 1.0
+
+
 async def test_a_measurement_that_hangs_delays_no_beat(tmp_path: Path) -> None:
     machine = FakeMachine()
     async with running_node(tmp_path, machine=machine) as node:

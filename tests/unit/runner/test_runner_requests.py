@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from skulk.bus.subjects import GATEWAY_BEAT, RUNNER_RETIRE
@@ -214,6 +215,18 @@ async def test_a_cancel_ends_a_queued_request(tmp_path: Path) -> None:
         assert (await first.finish()).text() == fake_answer()
 
 
+async def test_a_cancel_ends_every_prompt_that_is_part_of_its_request(tmp_path: Path) -> None:
+    async with runner_world(tmp_path, gated=True) as world:
+        parts = [msgspec.structs.replace(generate_of(name), part_of="whole") for name in ("a", "b")]
+        streams = [await world.generate(part) for part in parts]
+        other = await world.generate(generate_of("c"))
+        await world.gate.arrived(1)
+        assert (await world.cancel("whole")).was_running
+        world.gate.open()
+        assert [(await stream.finish()).end.reason for stream in streams] == ["cancelled", "cancelled"]
+        assert (await other.finish()).end.reason == "stop"
+
+
 async def test_a_cancel_that_comes_before_the_tokens_still_ends_it(tmp_path: Path) -> None:
     engines: list[SlowPrompts] = []
     async with runner_world(tmp_path, wrap=slow_into(engines)) as world:
@@ -293,16 +306,33 @@ async def test_a_resumed_answer_goes_on_where_it_was(tmp_path: Path) -> None:
 class PickyEngine(Wrapped):
     """Refuses to begin sequences with a seed."""
 
-    def begin(self, slot: int, sampling: Sampling, history: Sequence[int], *, choice: int = 0, parked: int = 0) -> None:
+    def begin(
+        self,
+        slot: int,
+        sampling: Sampling,
+        history: Sequence[int],
+        *,
+        drawn: int = 0,
+        choice: int = 0,
+        parked: int = 0,
+    ) -> None:
         if sampling.seed is not None and choice == 1:
             raise RequestError("invalid_request", "no seeds, please", param="seed")
-        self._engine.begin(slot, sampling, history, choice=choice, parked=parked)
+        self._engine.begin(slot, sampling, history, drawn=drawn, choice=choice, parked=parked)
 
 
 async def test_what_the_engine_will_not_begin_ends_alone(tmp_path: Path) -> None:
     async with runner_world(tmp_path, wrap=picky) as world:
         refused = await (await world.generate(generate_of("a", sampling=Sampling(seed=1), n=3))).finish()
         assert refused.error_code == "invalid_request"
+        assert (await (await world.generate(generate_of("b"))).finish()).text() == fake_answer()
+
+
+async def test_a_grammar_that_the_engine_refuses_is_refused_before_anything_is_accepted(tmp_path: Path) -> None:
+    async with runner_world(tmp_path) as world:
+        with pytest.raises(RequestError, match="has none") as refused:
+            await world.generate(generate_of(sampling=Sampling(grammar='root ::= "a"')))
+        assert (refused.value.code, refused.value.param) == ("unsupported_field", "grammar")
         assert (await (await world.generate(generate_of("b"))).finish()).text() == fake_answer()
 
 
