@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-MAPPINGS: Final = {"streams", "instances", "tombstones", "drains", "score", "variables", "logit_bias"}
+MAPPINGS: Final = {"streams", "instances", "tombstones", "drains", "score", "variables", "logit_bias", "closed"}
 """Fields whose keys are ids and names: there a new key is no unknown field."""
 
 
