@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import re
 import threading
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -342,6 +344,18 @@ def test_grammars_are_read_once_and_few_are_kept() -> None:
     others = [kept.get(f'root ::= "{at}"') for at in range(4)]
     assert kept.get('root ::= "3"') is others[3]
     assert kept.get(JSON) is not first and len(calls) == 1
+
+
+def test_of_a_thousand_grammars_four_stay() -> None:
+    kept, alive = Grammars(lambda: TOKENS), weakref.WeakSet[Grammar]()
+    followers: list[Follower] = []
+    for at in range(1000):
+        made = kept.get(f'root ::= "{at}"')
+        alive.add(made)
+        followers = [*followers[-2:], Follower(made)]
+    followers.clear()
+    gc.collect()
+    assert len(alive) == 4
 
 
 def test_grammars_are_asked_for_by_several_threads() -> None:
