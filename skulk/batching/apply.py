@@ -11,7 +11,7 @@ from skulk.batching.cells import grown
 from skulk.batching.operations import Operation
 from skulk.batching.plan import passed_slots
 from skulk.batching.requests import Emitted, Output, Progressed, Sequence
-from skulk.batching.slots import close_choice
+from skulk.batching.slots import close_choice, end_request
 from skulk.batching.state import BatchState, Changed
 from skulk.batching.step import StepPlan, StepResult, StepRow
 from skulk.wire.generation import FinishReason
@@ -20,7 +20,8 @@ from skulk.wire.generation import FinishReason
 def apply(state: BatchState, plan: StepPlan, result: StepResult, vocabulary: Vocabulary, now: float) -> Changed:
     """The batch after ``plan`` was run on it.
 
-    Tokens are counted as computed, drawn ones turned into text, ended choices leave their slots. O(`n_parallel`).
+    Tokens are counted as computed, drawn ones turned into text, ended choices leave their slots, and requests of which
+    a choice can't go on end. O(`n_parallel`).
     """
     rows = {row.slot: row for row in plan.rows}
     outputs: list[Output] = []
@@ -48,6 +49,12 @@ def apply(state: BatchState, plan: StepPlan, result: StepResult, vocabulary: Voc
         operations += left
         if end is not None:
             outputs.append(end)
+    failed = {seq.request.key: result.failed[seq.slot] for seq in running if seq.slot in result.failed}
+    for key, error in failed.items():
+        changed = end_request(state, key, now, reason="error", error=error)
+        state = changed.state
+        outputs += changed.outputs
+        operations += changed.operations
     return Changed(state, tuple(outputs), tuple(operations))
 
 
@@ -74,6 +81,8 @@ def _advance(
         outputs.append(Progressed(key=key, phase="decode", processed=computed, total=computed))
         if sequence.first_at == 0.0:
             changes["first_at"] = now
+    if row.slot in result.failed:
+        return msgspec.structs.replace(sequence, **changes), None
     token = result.sampled[row.slot]
     sequence, text, finish_reason = draw(sequence, token, vocabulary, **changes)
     outputs.append(Emitted(key=key, choice=sequence.choice, text=text, tokens=(token,), finish_reason=finish_reason))

@@ -16,6 +16,7 @@ BIAS_RANGE: Final = (-1e9, 1e9)
 MAX_BREAKERS: Final = 16
 # llama.cpp cuts longer ones off.
 MAX_BREAKER_BYTES: Final = 40
+MAX_GRAMMAR_CHARACTERS: Final = 65_536
 
 # -1 of a count or of top_n_sigma: all of the window, or off.
 RANGES: Final[dict[str, tuple[float, float]]] = {
@@ -50,7 +51,7 @@ def is_in_range(field: str, value: float) -> bool:
 
 
 def check_sampling(sampling: Sampling, vocabulary_size: int) -> None:
-    """Refuses numbers out of their range and biases of tokens that don't exist.
+    """Refuses numbers out of their range, biases of tokens that don't exist, and grammars that are too long.
 
     Raises:
         RequestError: ``invalid_request``, naming the field.
@@ -62,6 +63,10 @@ def check_sampling(sampling: Sampling, vocabulary_size: int) -> None:
     _check_biases(sampling.logit_bias, vocabulary_size)
     if sampling.dry_sequence_breakers is not None:
         _check_breakers(sampling.dry_sequence_breakers)
+    if sampling.grammar is not None and len(sampling.grammar) > MAX_GRAMMAR_CHARACTERS:
+        raise _refusal(
+            "grammar", f"grammar has {len(sampling.grammar)} characters; send at most {MAX_GRAMMAR_CHARACTERS}"
+        )
 
 
 def _check_biases(biases: dict[int, float], vocabulary_size: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from skulk.wire.base import ErrorBody
+
 
 class StepRow(msgspec.Struct, frozen=True, kw_only=True):
     """Consecutive tokens of one slot.
@@ -32,7 +34,14 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What a step gave: the drawn token of each sampled slot, and how long it took in seconds."""
+    """What a step gave.
+
+    Attributes:
+        sampled: the drawn token of each slot that was to draw.
+        failed: of those, the ones in which nothing can be drawn any more, and why; they are not in ``sampled``.
+        elapsed_s: how long it took, seconds.
+    """
 
     sampled: dict[int, int]
+    failed: dict[int, ErrorBody] = {}
     elapsed_s: float

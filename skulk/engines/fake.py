@@ -80,6 +80,10 @@ class FakeEngine:
     def info(self) -> EngineInfo:
         return self._info
 
+    def check(self, sampling: Sampling) -> None:
+        if sampling.grammar is not None:
+            raise RequestError("unsupported_field", "grammar: the fake engine has none; leave it out", param="grammar")
+
     def tokens_of(self, prompt: Prompt) -> tuple[int, ...]:
         match prompt:
             case ChatPrompt(messages=messages):
@@ -101,7 +105,16 @@ class FakeEngine:
             return 0
         return len(self.tokens_of(ChatPrompt(messages=prompt.messages[:-1]))) - 1
 
-    def begin(self, slot: int, sampling: Sampling, history: Sequence[int], *, choice: int = 0, parked: int = 0) -> None:
+    def begin(
+        self,
+        slot: int,
+        sampling: Sampling,
+        history: Sequence[int],
+        *,
+        drawn: int = 0,
+        choice: int = 0,
+        parked: int = 0,
+    ) -> None:
         assert 0 <= slot < self._info.n_parallel and slot not in self._salts, f"slot {slot} can't begin"
         assert all(0 <= token < VOCABULARY_SIZE for token in history), "a history of another engine"
         is_greedy = sampling.temperature == 0

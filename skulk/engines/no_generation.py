@@ -13,6 +13,10 @@ from skulk.wire.generation import Prompt, Sampling
 class NoGeneration:
     """Every method here is a defect of the caller: the runner refuses generations before they come to an engine."""
 
+    def check(self, sampling: Sampling) -> None:
+        del sampling
+        _never()
+
     def tokens_of(self, prompt: Prompt) -> Sequence[int]:
         del prompt
         _never()
@@ -21,8 +25,17 @@ class NoGeneration:
         del prompt, tokens
         _never()
 
-    def begin(self, slot: int, sampling: Sampling, history: Sequence[int], *, choice: int = 0, parked: int = 0) -> None:
-        del slot, sampling, history, choice, parked
+    def begin(
+        self,
+        slot: int,
+        sampling: Sampling,
+        history: Sequence[int],
+        *,
+        drawn: int = 0,
+        choice: int = 0,
+        parked: int = 0,
+    ) -> None:
+        del slot, sampling, history, drawn, choice, parked
         _never()
 
     def run(self, plan: StepPlan) -> StepResult:

@@ -1,7 +1,7 @@
 """What a runner asks of an engine, step by step: the runner plans, the engine computes, the runner folds the result.
 
 load(spec, progress) -> Engine
-engine.tokens_of(prompt)                      any thread
+engine.check(sampling), tokens_of(prompt)     any thread
 engine.begin(slot, sampling, ...)             engine thread, as are all below
 engine.run(plan) -> result                    the only call that takes long
 engine.end(slot)                              nothing is drawn there any more; its cells stay
@@ -106,6 +106,14 @@ class Engine(Protocol):
     @property
     def info(self) -> EngineInfo: ...
 
+    def check(self, sampling: Sampling) -> None:
+        """Refuses what only the engine can tell is wrong with a request's sampling. Any thread.
+
+        Raises:
+            RequestError: ``invalid_request``: an unreadable grammar; ``unsupported_field``: this engine has none.
+        """
+        ...
+
     def tokens_of(self, prompt: Prompt) -> Sequence[int]:
         """The ids of a prompt: template, tokenizer, special tokens. Users' text never becomes special tokens.
 
@@ -119,23 +127,34 @@ class Engine(Protocol):
         """How many of a prompt's ``tokens`` come before its last turn; 0: there is no such border. Any thread."""
         ...
 
-    def begin(self, slot: int, sampling: Sampling, history: Sequence[int], *, choice: int = 0, parked: int = 0) -> None:
+    def begin(
+        self,
+        slot: int,
+        sampling: Sampling,
+        history: Sequence[int],
+        *,
+        drawn: int = 0,
+        choice: int = 0,
+        parked: int = 0,
+    ) -> None:
         """Draws in this slot from now on.
 
         Args:
             slot: one in which nothing is drawn; its cells are what they are.
             sampling: how.
             history: ids that penalties look back on.
+            drawn: how many of them, the last ones, are the answer's own: those that a grammar has read.
             choice: of several of one prompt.
             parked: where `end` has set the sequence's own sampler aside; 0: it is new.
 
         Raises:
-            RequestError: ``invalid_request``: a sampling value is out of its range; the slot stays free.
+            RequestError: ``invalid_request``: a sampling value is out of its range, or the drawn tokens aren't of the
+                grammar; the slot stays free.
         """
         ...
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Computes one step.
+        """Computes one step. A slot in which nothing can be drawn is told in the result.
 
         Raises:
             ServiceError: ``runner_failed``: the engine can't go on; the process should end.

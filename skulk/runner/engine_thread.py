@@ -269,7 +269,14 @@ class EngineThread:
         request = sequence.request
         history = sequence.known_tokens(0, sequence.known)
         try:
-            engine.begin(sequence.slot, request.sampling, history, choice=sequence.choice, parked=operation.parked)
+            engine.begin(
+                sequence.slot,
+                request.sampling,
+                history,
+                drawn=sequence.drawn.count,
+                choice=sequence.choice,
+                parked=operation.parked,
+            )
         except RequestError as error:
             refused[request.key] = error
             # A sampler that draws nothing: the slot is left like any other.

@@ -49,7 +49,7 @@ class Preparer:
         """The request with its tokens, when it fits and somebody still waits for the answer.
 
         Raises:
-            RequestError: ``invalid_request``, ``template_failed``, ``context_length_exceeded``.
+            RequestError: ``invalid_request``, ``unsupported_field``, ``template_failed``, ``context_length_exceeded``.
             ServiceError: ``deadline_exceeded``; ``internal``: a defect of the engine's tokenizer.
         """
         generate = request.generate
@@ -94,6 +94,7 @@ class Preparer:
 def _read(engine: Engine, generate: Generate, reuse: Reuse) -> Read:
     prompt = TokenPrompt(tokens=generate.resume.prompt_tokens) if generate.resume is not None else generate.prompt
     try:
+        engine.check(generate.sampling)
         tokens = tuple(engine.tokens_of(prompt))
         # of the words, also where the ids came with them: gateways know the words
         digests = tuple(mark.digest for mark in prefix_of(generate.prompt).marks)

@@ -84,6 +84,7 @@ class Sampling(Wire, frozen=True, kw_only=True):
         dry_penalty_last_n: how far DRY looks back; -1: the whole window.
         dry_sequence_breakers: texts that end a repetition; None: line feed, colon, quotation mark, asterisk.
         seed: with choice and position it decides every draw.
+        grammar: GBNF that the answer is held to; None: any text.
     """
 
     temperature: float | None = None
@@ -108,6 +109,7 @@ class Sampling(Wire, frozen=True, kw_only=True):
     dry_sequence_breakers: tuple[str, ...] | None = None
     logit_bias: dict[int, float] = {}
     seed: int | None = None
+    grammar: str | None = None
 
 
 class Limits(Wire, frozen=True, kw_only=True):

@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from skulk.bus.streams import StreamWriter
-from skulk.errors import UnavailableError
+from skulk.errors import RequestError, UnavailableError
 from skulk.wire.base import ErrorBody
 from skulk.wire.generation import StreamEnd
 from tests.support.http import MODEL, FakeRunner, Gateway, running_gateway
@@ -90,6 +90,21 @@ async def test_raw_answers_and_the_synchronous_client(gateway: Gateway, client: 
             return plain.chat.completions.create(model=MODEL, messages=[USER]).choices[0].message.content
 
     assert await asyncio.to_thread(ask) == "Hello world"
+
+
+async def test_a_grammar_goes_to_the_runner_and_its_refusal_comes_back_before_any_event(
+    gateway: Gateway, client: openai.AsyncOpenAI
+) -> None:
+    runner = await gateway.serve_model()
+    extra = {"grammar": 'root ::= "Hello world"'}
+    answer = await client.chat.completions.create(model=MODEL, messages=[USER], extra_body=extra)
+    assert answer.choices[0].message.content == "Hello world"
+    assert runner.asked[0].sampling.grammar == extra["grammar"]
+    runner.refusal = RequestError("invalid_request", "grammar: line 1, column 1: no", param="grammar")
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match="line 1, column 1") as caught:
+            await client.chat.completions.create(model=MODEL, messages=[USER], stream=stream, extra_body=extra)
+        assert (caught.value.param, caught.value.code) == ("grammar", "invalid_request")
 
 
 LACKED: list[tuple[str, dict[str, Any]]] = [

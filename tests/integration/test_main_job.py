@@ -276,6 +276,20 @@ async def test_a_long_prompt_is_refused_before_any_event(node: WholeNode) -> Non
     )
 
 
+async def test_a_grammar_holds_the_answer_and_a_wrong_one_is_refused_before_any_event(node: WholeNode) -> None:
+    body = {"model": MODEL, "messages": QUESTION, "max_tokens": 24, "n": 2, "grammar": 'root ::= ("yes" | "no") "!"?'}
+    told, answer = await node.call("POST", "/v1/chat/completions", body)
+    assert told == 200, answer
+    assert {one["finish_reason"] for one in answer["choices"]} == {"stop"}
+    assert {one["message"]["content"].rstrip("!") for one in answer["choices"]} <= {"yes", "no"}
+    plain = {"model": MODEL, "prompt": "Three rivers:", "max_tokens": 12, "grammar": "root ::= [a-c]+"}
+    told, answer = await node.call("POST", "/v1/completions", plain)
+    assert (told, set(answer["choices"][0]["text"]) <= set("abc")) == (200, True), answer
+    told, answer = await node.call("POST", "/v1/chat/completions", {**body, "stream": True, "grammar": "root ::= x"})
+    assert (told, answer["error"]["code"], answer["error"]["param"]) == (400, "invalid_request", "grammar")
+    assert "x is used and nowhere defined" in answer["error"]["message"]
+
+
 async def test_what_a_user_types_stays_text(node: WholeNode) -> None:
     """The end marker in a user's message must not end the message."""
     told, plain = await node.call(

@@ -151,7 +151,12 @@ def follow(engine: Engine, operations: Iterable[Operation]) -> None:
             sequence = operation.sequence
             history = sequence.known_tokens(0, sequence.known)
             engine.begin(
-                sequence.slot, sequence.request.sampling, history, choice=sequence.choice, parked=operation.parked
+                sequence.slot,
+                sequence.request.sampling,
+                history,
+                drawn=sequence.drawn.count,
+                choice=sequence.choice,
+                parked=operation.parked,
             )
         else:
             perform(engine, operation)

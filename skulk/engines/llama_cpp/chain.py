@@ -5,6 +5,9 @@
     else:           logit_bias > penalties > DRY > top_n_sigma > top_k > typical_p > top_p > min_p > XTC > temperature
                     > draw
 
+A grammar is asked about the drawn token alone; where it refuses that one, all that it refuses is taken out of the row
+after the penalties, and the rest is done again, with dice of its own: the same ones would favour some tokens.
+
 The row is read where llama.cpp left it; it is copied only where something edits single logits. Nothing native is made
 for a request: see `filters` and `breakers` for what that would cost. A chain knows no slot: it can be set aside and go
 on in another one. What it remembers comes from the tokens it was begun with and those it drew, but for mirostat's mu.
@@ -19,6 +22,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from skulk.engines.grammar.constraint import Allowed, Follower
+from skulk.engines.grammar.reader import refusal
 from skulk.engines.llama_cpp import filters
 from skulk.engines.llama_cpp.breakers import BreakerIndex, Breakers
 from skulk.engines.llama_cpp.draw import TURN_XTC, Drawer, uniforms
@@ -30,6 +35,8 @@ from skulk.engines.llama_cpp.sampling import Settled, SettledDry
 from skulk.engines.llama_cpp.vocabulary import Vocabulary
 from skulk.errors import ServiceError
 
+# Another key for the draws after a refusal.
+_REDRAW: Final = 0x5DEE_CE66_D1CE_4E5B
 _MAX_VIEWS: Final = 1024
 _MAX_BREAKERS_KEPT: Final = 16
 
@@ -75,6 +82,13 @@ class Workbench:
             edit.apply(self._edited)
         return self._edited
 
+    def narrowed(self, row: Logits, allowed: Allowed) -> Logits:
+        """A copy of the row, which may be `edited`'s, with -inf where it isn't allowed; until the next such call."""
+        if row is not self._edited:
+            np.copyto(self._edited, row)
+        np.copyto(self._edited, -np.inf, where=~allowed)
+        return self._edited
+
     def breakers_of(self, texts: tuple[str, ...]) -> Breakers:
         """The sequence breakers of these texts; the last few are remembered."""
         found = self._breakers.pop(texts, None)
@@ -93,13 +107,17 @@ class SamplerChain:
 
     Args:
         history: the tokens of the sequence so far.
+        follower: where the answer is in its grammar; None: it has none.
     """
 
-    def __init__(self, settled: Settled, history: Sequence[int], workbench: Workbench) -> None:
+    def __init__(
+        self, settled: Settled, history: Sequence[int], workbench: Workbench, follower: Follower | None = None
+    ) -> None:
         self._settled = settled
         self._workbench = workbench
         self._edits: tuple[Edit, ...] = tuple(_edits_of(settled, history, workbench))
-        self._is_bare = settled.is_greedy and not self._edits
+        self._follower = follower
+        self._is_bare = settled.is_greedy and not self._edits and follower is None
         self._mirostat = (
             Mirostat(settled.mirostat, settled.mirostat_tau, settled.mirostat_eta) if settled.mirostat else None
         )
@@ -114,6 +132,8 @@ class SamplerChain:
 
         Raises:
             ServiceError: ``runner_failed``: the logits are no numbers.
+            RequestError: ``invalid_request``: no token can go on as the grammar wants it, or that is too much work to
+                tell.
         """
         row = self._workbench.row(context, index)
         return _greedy(row) if self._is_bare else self.sample_row(row, position)
@@ -122,18 +142,37 @@ class SamplerChain:
         """`sample` from a row, (n_vocab,) float32."""
         if self._edits:
             row = self._workbench.edited(row, self._edits)
-        token = _greedy(row) if self._settled.is_greedy else self._drawn(row, position)
+        token = self._chosen(row, position, self._settled.key)
         for edit in self._edits:
             edit.accept(token)
         return token
 
-    def _drawn(self, row: Logits, position: int) -> int:
+    def _chosen(self, row: Logits, position: int, key: int) -> int:
+        mu = self._mirostat.mu if self._mirostat is not None else 0.0
+        token = self._taken(row, position, key)
+        follower = self._follower
+        if follower is None or follower.accepts(token):
+            return token
+        if self._mirostat is not None:
+            self._mirostat.mu = mu
+        row = self._workbench.narrowed(row, follower.allowed())
+        if not np.isfinite(row.max()):
+            raise refusal("no token of this model can go on with this answer as it wants; loosen it at this place")
+        token = self._taken(row, position, key ^ _REDRAW)
+        is_accepted = follower.accepts(token)
+        assert is_accepted, f"token {token} was allowed, and then refused"
+        return token
+
+    def _taken(self, row: Logits, position: int, key: int) -> int:
+        return _greedy(row) if self._settled.is_greedy else self._drawn(row, position, key)
+
+    def _drawn(self, row: Logits, position: int, key: int) -> int:
         settled = self._settled
         candidates = Candidates(row, _checked(float(row.max())), scratch=self._workbench.drawer.scratch)
         if self._mirostat is not None:
             temperature = np.float32(settled.temperature)
             warmed = Candidates(row / temperature, float(np.float32(candidates.peak) / temperature))
-            return self._mirostat.draw(warmed, uniforms(settled.key, position).first)
+            return self._mirostat.draw(warmed, uniforms(key, position).first)
         if settled.top_n_sigma > 0:
             candidates = filters.keep_top_n_sigma(candidates, settled.top_n_sigma)
         if settled.top_k > 0:
@@ -144,9 +183,9 @@ class SamplerChain:
             candidates = filters.keep_top_p(candidates, settled.top_p)
         if settled.min_p > 0:
             candidates = filters.keep_min_p(candidates, settled.min_p)
-        if settled.has_xtc and uniforms(settled.key, position, TURN_XTC).first <= settled.xtc_probability:
+        if settled.has_xtc and uniforms(key, position, TURN_XTC).first <= settled.xtc_probability:
             candidates = filters.cut_xtc(candidates, settled.xtc_threshold)
-        return self._workbench.drawer.draw(candidates, settled.temperature, settled.key, position)
+        return self._workbench.drawer.draw(candidates, settled.temperature, key, position)
 
 
 def _edits_of(settled: Settled, history: Sequence[int], workbench: Workbench) -> list[Edit]:

@@ -2,7 +2,7 @@
 
     thread   calls
     engine   begin, run, end, keep, share, move, park, restore, forget, embed, set_threads, close
-    any      info, tokens_of, border_of, piece, is_end (the owner ends them before `close`)
+    any      info, check, tokens_of, border_of, piece, is_end (the owner ends them before `close`)
 
     cells     `skulk.engines.llama_cpp.memory`: how many tokens of each slot are computed, and their copies
     samplers  begin ──> in a slot ──end──> freed, or set aside under a parked id ──begin──> in a slot again
@@ -23,6 +23,7 @@ import numpy as np
 
 from skulk.batching.step import StepPlan, StepResult, StepRow
 from skulk.engines.canary import TIMED_STEPS, Recital
+from skulk.engines.grammar.constraint import Follower, Grammars
 from skulk.engines.llama_cpp.batch import Batch
 from skulk.engines.llama_cpp.chain import SamplerChain, Workbench
 from skulk.engines.llama_cpp.layout import Layout, calls_of
@@ -34,6 +35,7 @@ from skulk.engines.llama_cpp.threads import waited_s
 from skulk.engines.llama_cpp.vocabulary import Vocabulary
 from skulk.engines.protocol import EngineInfo
 from skulk.errors import RequestError, ServiceError
+from skulk.wire.base import ErrorBody
 from skulk.wire.embedding import EmbedInput
 from skulk.wire.generation import Prompt, Sampling, TextPrompt
 
@@ -67,6 +69,7 @@ class LlamaCppEngine:
         self._prompter = prompter
         self._defaults = defaults
         self._workbench = Workbench(vocabulary)
+        self._grammars = Grammars(vocabulary.for_grammars)
         self._batch = Batch(layout.n_batch, info.n_parallel)
         self._chains: dict[int, SamplerChain] = {}
         self._aside: dict[int, SamplerChain] = {}
@@ -74,6 +77,11 @@ class LlamaCppEngine:
     @property
     def info(self) -> EngineInfo:
         return self._info
+
+    def check(self, sampling: Sampling) -> None:
+        """See `Engine.check`."""
+        if sampling.grammar is not None:
+            self._grammars.get(sampling.grammar)
 
     def tokens_of(self, prompt: Prompt) -> tuple[int, ...]:
         """See `Engine.tokens_of`; also ``context_length_exceeded`` for text that can't fit whatever its tokens are."""
@@ -89,11 +97,21 @@ class LlamaCppEngine:
         """See `Engine.border_of`; costs another rendering of the template."""
         return self._prompter.border_of(prompt, tuple(tokens))
 
-    def begin(self, slot: int, sampling: Sampling, history: Sequence[int], *, choice: int = 0, parked: int = 0) -> None:
+    def begin(
+        self,
+        slot: int,
+        sampling: Sampling,
+        history: Sequence[int],
+        *,
+        drawn: int = 0,
+        choice: int = 0,
+        parked: int = 0,
+    ) -> None:
         """See `Engine.begin`.
 
         Raises:
-            RequestError: ``invalid_request``: a sampling value is out of its range; nothing was begun.
+            RequestError: ``invalid_request``: a sampling value is out of its range, the grammar can't be read, or what
+                was drawn isn't of it; nothing was begun.
         """
         assert 0 <= slot < self._info.n_parallel, f"slot {slot} of {self._info.n_parallel}"
         assert slot not in self._chains, f"slot {slot} is taken"
@@ -108,7 +126,10 @@ class LlamaCppEngine:
             window=self._info.n_ctx,
             choice=choice,
         )
-        self._chains[slot] = SamplerChain(settled, history, self._workbench)
+        follower: Follower | None = None
+        if sampling.grammar is not None:
+            follower = Follower(self._grammars.get(sampling.grammar), history[len(history) - drawn :])
+        self._chains[slot] = SamplerChain(settled, history, self._workbench, follower)
 
     def end(self, slot: int, *, parked: int = 0) -> None:
         """See `Engine.end`."""
@@ -180,15 +201,19 @@ class LlamaCppEngine:
         started = time.perf_counter()
         self._check(plan)
         sampled: dict[int, int] = {}
+        failed: dict[int, ErrorBody] = {}
         for rows in calls_of(plan.rows, self._layout):
             outputs = self._batch.fill(rows)
             self._decode()
             ends = {row.slot: row.start + len(row.tokens) for row in rows}
             for slot, index in outputs.items():
-                sampled[slot] = self._chains[slot].sample(self._handle(), index, ends[slot])
+                try:
+                    sampled[slot] = self._chains[slot].sample(self._handle(), index, ends[slot])
+                except RequestError as error:
+                    failed[slot] = ErrorBody.of(error)
         for row in plan.rows:
             self._memory.computed(row.slot, len(row.tokens))
-        return StepResult(sampled=sampled, elapsed_s=time.perf_counter() - started)
+        return StepResult(sampled=sampled, failed=failed, elapsed_s=time.perf_counter() - started)
 
     def _check(self, plan: StepPlan) -> None:
         """The planner's promises; native code would compute nonsense, or abort, on broken ones."""

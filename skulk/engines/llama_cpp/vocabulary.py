@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any, Final
 
+from skulk.engines.grammar.constraint import Tokens
 from skulk.engines.llama_cpp.native import library
 from skulk.errors import RequestError
 
@@ -85,6 +86,18 @@ class Vocabulary:
         if token is None:
             return ""
         return (self._lib.llama_vocab_get_text(self._vocab, token) or b"").decode("utf-8", "replace")
+
+    def for_grammars(self) -> Tokens:
+        """What grammars have to know; some 20 ms for 50,000 tokens."""
+        return Tokens(
+            pieces=self._pieces,
+            ends=frozenset(token for token in range(self.size) if self.is_end(token)),
+            token_of=self._token_named,
+        )
+
+    def _token_named(self, text: str) -> int | None:
+        tokens = self.tokenise(text, parse_special=True, is_start=False)
+        return tokens[0] if len(tokens) == 1 else None
 
     def piece(self, token: int) -> bytes:
         """The bytes of a token's text; empty for control tokens. They may cut a character."""

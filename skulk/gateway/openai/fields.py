@@ -59,13 +59,13 @@ _SAMPLING: Final = honoured(
     *("presence_penalty", "frequency_penalty", "logit_bias", "seed"),
     *("top_n_sigma", "xtc_probability", "xtc_threshold", "mirostat", "mirostat_tau", "mirostat_eta"),
     *("dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers"),
+    "grammar",
 )
 _SHARED: Final = {
     **honoured("model", "stream", "stream_options", "max_tokens", "n", "stop", "ignore_eos"),
     **_SAMPLING,
     **inert("user", "safety_identifier", "metadata", "store", "service_tier", "prediction", "verbosity"),
     **inert("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
-    **refused("grammar", "grammars", ""),
     **refused("json_schema", "structured output"),
 }
 

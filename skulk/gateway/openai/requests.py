@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
 
-from skulk.batching.ranges import MAX_BREAKER_BYTES, MAX_BREAKERS
+from skulk.batching.ranges import MAX_BREAKER_BYTES, MAX_BREAKERS, MAX_GRAMMAR_CHARACTERS
 from skulk.errors import RequestError
 from skulk.gateway.bodies import read_as
 from skulk.gateway.openai.fields import CHAT_FIELDS, COMPLETION_FIELDS, sort_fields
@@ -78,6 +78,7 @@ class CommonRequest(msgspec.Struct, frozen=True, kw_only=True):
     dry_sequence_breakers: Annotated[list[Breaker], msgspec.Meta(min_length=1, max_length=MAX_BREAKERS)] | None = None
     logit_bias: Annotated[dict[str, Bias], msgspec.Meta(max_length=1024)] | None = None
     seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    grammar: Annotated[str, msgspec.Meta(max_length=MAX_GRAMMAR_CHARACTERS)] | None = None
 
 
 class ChatRequest(CommonRequest, frozen=True, kw_only=True):
@@ -220,6 +221,8 @@ def _sampling(request: CommonRequest) -> Sampling:
         dry_sequence_breakers=None if request.dry_sequence_breakers is None else tuple(request.dry_sequence_breakers),
         logit_bias=_logit_bias(request.logit_bias or {}),
         seed=request.seed,
+        # An empty one asks for nothing, as in llama.cpp.
+        grammar=request.grammar or None,
     )
 
 

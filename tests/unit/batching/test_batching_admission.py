@@ -71,6 +71,7 @@ def sampled(**fields: Any) -> Generate:
         (sampled(dry_sequence_breakers=()), "dry_sequence_breakers"),
         (sampled(dry_sequence_breakers=("é" * 21,)), "dry_sequence_breakers"),
         (sampled(dry_sequence_breakers=("x",) * 17), "dry_sequence_breakers"),
+        (sampled(grammar="#" * 65_537), "grammar"),
         (msgspec.structs.replace(GENERATE, sampling=Sampling(logit_bias={257: 1.0})), "logit_bias"),
         (sampled(logit_bias={4: 1e10}), "logit_bias"),
         (sampled(logit_bias=dict.fromkeys(range(4097), 0.0)), "logit_bias"),

@@ -191,6 +191,22 @@ def test_a_failure_ends_all_with_its_error() -> None:
     assert changed.state.is_idle
 
 
+def test_a_choice_in_which_nothing_can_be_drawn_ends_its_request_alone() -> None:
+    state = schedule(batch(request_of("a", n=2), request_of("b")), 1.0).state
+    plan = plan_step(state, StepBudget(tokens=512, prefill_tokens=64))
+    assert plan is not None
+    slots = [row.slot for row in plan.rows]
+    error = ErrorBody(code="invalid_request", detail="no token", retryable=False, param="grammar")
+    result = StepResult(sampled=dict.fromkeys(slots[1:], 65), failed={slots[0]: error}, elapsed_s=0.1)
+    changed = apply(state, plan, result, VOCABULARY, 2.0)
+    end = ends_of(list(changed.outputs))["a"][0].end
+    assert (end.reason, end.error) == ("error", error)
+    assert [seq.request.key.request_id for seq in changed.state.running] == ["b"]
+    assert {operation.slot for operation in changed.operations if isinstance(operation, End)} == set(slots[:2])
+    outputs = play(changed.state, saying("xyz"))
+    assert [one.end.reason for one in ends_of(outputs)["b"]] == ["stop"]
+
+
 def test_a_plan_for_another_position_is_a_defect() -> None:
     state = schedule(batch(request_of(prompt=10)), 1.0).state
     plan = plan_step(state, StepBudget(tokens=512, prefill_tokens=5))

@@ -97,6 +97,7 @@ def test_a_repeat_penalty_looks_back_64_in_a_longer_window() -> None:
         {"logit_bias": {1: math.nan}},
         {"logit_bias": {1: 1e30}},
         {"logit_bias": dict.fromkeys(range(5000), 0.0)},
+        {"grammar": "#" * 65_537},
     ],
 )
 def test_values_out_of_range_name_their_field(wrong: Mapping[str, Any]) -> None:

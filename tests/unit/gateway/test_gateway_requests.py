@@ -213,6 +213,8 @@ def test_a_model_that_thinks_heeds_the_toggle() -> None:
         ({"dry_sequence_breakers": [""]}, "dry_sequence_breakers[0]"),
         ({"dry_sequence_breakers": ["x" * 41]}, "dry_sequence_breakers[0]"),
         ({"dry_sequence_breakers": "\n"}, "dry_sequence_breakers"),
+        ({"grammar": "#" * 65_537}, "grammar"),
+        ({"grammar": {"root": "yes"}}, "grammar"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"5": 101}}, "logit_bias[...]"),
         ({"logit_bias": []}, "logit_bias"),
@@ -240,6 +242,10 @@ def test_a_model_that_thinks_heeds_the_toggle() -> None:
 )
 def test_wrong_values_are_refused_at_their_place(fields: dict[str, Any], param: str) -> None:
     assert refused(chat(**fields)) == ("invalid_request", param)
+
+
+def test_an_empty_grammar_asks_for_nothing() -> None:
+    assert read_chat(chat(grammar=""), CARD).generations[0].sampling.grammar is None
 
 
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "video_url"])
@@ -299,6 +305,7 @@ def test_what_is_honoured_arrives() -> None:
             frequency_penalty=-1,
             logit_bias={"42": -100},
             seed=-1,
+            grammar='root ::= "a"',
             stop=["a", "b"],
             max_completion_tokens=9,
             ignore_eos=True,
@@ -332,6 +339,7 @@ def test_what_is_honoured_arrives() -> None:
         "frequency_penalty": -1.0,
         "logit_bias": {42: -100.0},
         "seed": -1,
+        "grammar": 'root ::= "a"',
     }
     assert (limits.max_tokens, limits.stop, limits.ignore_eos) == (9, ("a", "b"), True)
     assert (asked.generations[0].n, asked.stream, asked.include_usage) == (8, True, True)

@@ -306,16 +306,33 @@ async def test_a_resumed_answer_goes_on_where_it_was(tmp_path: Path) -> None:
 class PickyEngine(Wrapped):
     """Refuses to begin sequences with a seed."""
 
-    def begin(self, slot: int, sampling: Sampling, history: Sequence[int], *, choice: int = 0, parked: int = 0) -> None:
+    def begin(
+        self,
+        slot: int,
+        sampling: Sampling,
+        history: Sequence[int],
+        *,
+        drawn: int = 0,
+        choice: int = 0,
+        parked: int = 0,
+    ) -> None:
         if sampling.seed is not None and choice == 1:
             raise RequestError("invalid_request", "no seeds, please", param="seed")
-        self._engine.begin(slot, sampling, history, choice=choice, parked=parked)
+        self._engine.begin(slot, sampling, history, drawn=drawn, choice=choice, parked=parked)
 
 
 async def test_what_the_engine_will_not_begin_ends_alone(tmp_path: Path) -> None:
     async with runner_world(tmp_path, wrap=picky) as world:
         refused = await (await world.generate(generate_of("a", sampling=Sampling(seed=1), n=3))).finish()
         assert refused.error_code == "invalid_request"
+        assert (await (await world.generate(generate_of("b"))).finish()).text() == fake_answer()
+
+
+async def test_a_grammar_that_the_engine_refuses_is_refused_before_anything_is_accepted(tmp_path: Path) -> None:
+    async with runner_world(tmp_path) as world:
+        with pytest.raises(RequestError, match="has none") as refused:
+            await world.generate(generate_of(sampling=Sampling(grammar='root ::= "a"')))
+        assert (refused.value.code, refused.value.param) == ("unsupported_field", "grammar")
         assert (await (await world.generate(generate_of("b"))).finish()).text() == fake_answer()
 
 
