@@ -89,7 +89,10 @@ class EngineThread:
         self._wake = threading.Condition()
         self._commands: deque[Command] = deque()
         self._stopping = False
-        self._ahead = threading.Semaphore(REPORTS_AHEAD)
+        # Each is counted by one thread alone, so that a report costs no lock but where the loop is far behind.
+        self._posted = 0
+        self._handled = 0
+        self._has_room = threading.Event()
         self._told_progress = -1.0
         self._told_held: tuple[int, ...] = ()
         self._is_held_old = False
@@ -117,7 +120,8 @@ class EngineThread:
 
     def taken(self) -> None:
         """The event loop has handled one report."""
-        self._ahead.release()
+        self._handled += 1
+        self._has_room.set()
 
     # The thread
 
@@ -130,8 +134,11 @@ class EngineThread:
             log.debug("the event loop is gone; the engine thread ends")
 
     def _report(self, report: Report) -> None:
-        if not self._ahead.acquire(timeout=REPORT_TIMEOUT_S):
-            raise LoopGone
+        while self._posted - self._handled >= REPORTS_AHEAD:
+            self._has_room.clear()
+            if self._posted - self._handled >= REPORTS_AHEAD and not self._has_room.wait(REPORT_TIMEOUT_S):
+                raise LoopGone
+        self._posted += 1
         try:
             self._post(report)
         except RuntimeError as error:

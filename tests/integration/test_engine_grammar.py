@@ -12,6 +12,7 @@ from typing import Any, cast
 import msgspec
 import numpy as np
 import pytest
+from llama_cpp import llama_grammar
 from numpy.typing import NDArray
 
 from skulk.batching.requests import BatchRequest, Emitted, Ended
@@ -105,10 +106,24 @@ def comparable(engine: LlamaCppEngine, *, only_whole: bool) -> NDArray[np.bool_]
     return np.array(kept)
 
 
-@pytest.mark.parametrize("grammar", [YES_OR_NO, JSON, TEXT, MANY, TOKENS])
-@pytest.mark.parametrize("seed", range(2))
-def test_it_allows_what_llama_cpp_allows(engine: LlamaCppEngine, grammar: str, seed: int) -> None:
-    chance = np.random.default_rng(seed)
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 1, "maxLength": 40},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 5},
+        "when": {"anyOf": [{"type": "null"}, {"type": "string", "format": "date"}]},
+    },
+    "required": ["name", "tags"],
+}
+SHIPPED = [
+    *(llama_grammar.ARITHMETIC_GBNF, llama_grammar.C_GBNF, llama_grammar.CHESS_GBNF, llama_grammar.JAPANESE_GBNF),
+    *(llama_grammar.JSON_GBNF, llama_grammar.JSON_ARR_GBNF, llama_grammar.json_schema_to_gbnf(json.dumps(SCHEMA))),
+]
+
+
+@pytest.mark.parametrize("grammar", [YES_OR_NO, JSON, TEXT, MANY, TOKENS, *SHIPPED], ids=range(12))
+def test_it_allows_what_llama_cpp_allows(engine: LlamaCppEngine, grammar: str) -> None:
+    chance = np.random.default_rng(len(grammar))
     kept = comparable(engine, only_whole=grammar == TOKENS)
     ours, native = Follower(engine._grammars.get(grammar)), NativeGrammar(engine, grammar)
     accepted: list[int] = []

@@ -15,13 +15,14 @@ States and nodes are remembered, for most of an answer goes in circles. What one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from skulk.engines.grammar.reader import OneByte, OneToken, Rule, Rules
+from skulk.engines.grammar.reader import Alternatives, OneByte, OneToken, Rule, Rules, Symbol
 
 Way: TypeAlias = tuple[int, int]
 Ways: TypeAlias = frozenset[Way]
@@ -45,19 +46,57 @@ class Overrun(Exception):
 
 
 class Program:
-    """A grammar's rules as one list of symbols: each alternative a run of them, and `_END`."""
+    """A grammar's rules as one list of symbols: each alternative a run of them, and `_END`.
+
+    What several alternatives of a rule begin with stands there once, so that of a thousand names only those are
+    followed that the text may still become.
+    """
 
     def __init__(self, rules: Rules) -> None:
         self.symbols: list[OneByte | OneToken | Rule | None] = []
         self.starts: list[tuple[int, ...]] = []
         self.start_rule = rules.start
-        for rule in rules.alternatives:
+        for rule in _factored(rules.alternatives):
             starts: list[int] = []
             for one in rule:
                 starts.append(len(self.symbols))
                 self.symbols += one
                 self.symbols.append(_END)
             self.starts.append(tuple(starts))
+
+
+def _factored(alternatives: list[Alternatives]) -> Iterator[Alternatives]:
+    """The same rules, and new ones for what comes after a shared beginning. O(symbols)."""
+    todo = deque(alternatives)
+    count = len(alternatives)
+    while todo:
+        groups: dict[object, Alternatives] = {}
+        for one in todo.popleft():
+            # Symbols of different kinds may be equal as tuples.
+            groups.setdefault((type(one[0]), one[0]) if one else None, []).append(one)
+        rule: Alternatives = []
+        for group in groups.values():
+            shared = _shared_beginning(group)
+            if all(len(one) == len(shared) for one in group):
+                rule.append(group[0])
+                continue
+            rule.append([*shared, Rule(count)])
+            todo.append([one[len(shared) :] for one in group])
+            count += 1
+        yield rule
+
+
+def _shared_beginning(group: Alternatives) -> list[Symbol]:
+    """What all begin with."""
+    least, *others = sorted(group, key=len)
+    length = len(least)
+    for other in others:
+        length = next((at for at in range(length) if not _is_same(least[at], other[at])), length)
+    return least[:length]
+
+
+def _is_same(one: Symbol, other: Symbol) -> bool:
+    return type(one) is type(other) and one == other
 
 
 class Automaton:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import re
 import threading
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -109,6 +111,8 @@ class TestReading:
             ('root ::= "(" root ")" | "x"', ["x", "((x))"], ["(x", "x)", "()"]),
             ('root ::= e e "a" e\ne ::= | "b"', ["a", "bba", "ab"], ["bbba", "b"]),
             ('root ::= "one"\nroot ::= "two"', ["two"], ["one"]),
+            # The rule y has the number 2, and the byte 1 is the bit 2.
+            ('x ::= "z"\nroot ::= "\\x01" "a" | y "b"\ny ::= "c"', ["\1a", "cb"], ["\1b", "ca"]),
         ],
     )
     def test_notation(self, grammar: str, done: list[str], wrong: list[str]) -> None:
@@ -205,12 +209,27 @@ EXPRESSIONS = st.recursive(
 SHORT = ["".join(one) for count in range(6) for one in itertools.product("ab", repeat=count)]
 
 
+SYMBOLS = {"a": "a", "b": '"b"', "<": "<think>"}
+NAMES = st.lists(st.text("ab<", max_size=4), min_size=1, max_size=8)
+
+
 class TestFollowing:
     @given(EXPRESSIONS)
     def test_it_takes_what_the_same_regular_expression_takes(self, pair: tuple[str, str]) -> None:
         expression, grammar = re.compile(pair[0]), grammar_of(f"root ::= {pair[1]}")
         for text in SHORT:
             assert (takes(grammar, text) == "done") == (expression.fullmatch(text) is not None), text
+
+    @given(NAMES)
+    def test_one_of_several_names_whatever_they_begin_with(self, names: list[str]) -> None:
+        """Of rules, bytes and tokens: the three kinds of symbols."""
+        made = grammar_of(
+            'a ::= "a"\nroot ::= ' + " | ".join(" ".join(SYMBOLS[char] for char in name) for name in names)
+        )
+        for text in {*names, *SHORT}:
+            follower = Follower(made)
+            is_taken = all(follower.accepts(THINK if char == "<" else ord(char)) for char in text)
+            assert (is_taken and follower.accepts(END)) == (text in names), text
 
     @pytest.mark.parametrize("grammar", [JSON, 'root ::= ("yes" | "no" .)* <think> !<think> [^"]+', "root ::= .*"])
     @pytest.mark.parametrize("seed", range(4))
@@ -281,6 +300,14 @@ class TestBounds:
         assert takes(grammar_of(AMBIGUOUS), "a" * 50) == "done"
         assert takes(grammar_of('root ::= s\ns ::= "a" | "a" s s'), "a" * 51) == "done"
 
+    def test_a_thousand_names_that_begin_alike_are_little_work(self) -> None:
+        names = [f"src/skulk/engines/grammar/{at}.py" for at in range(1000)]
+        made = grammar_of("root ::= (" + " | ".join(f'"{name}"' for name in names) + ")+")
+        for cut in (0, 5, 24, 26):
+            allowed = Follower(made, names[321][:cut].encode()).allowed()
+            assert allowed[ord(names[321][cut])] and not allowed[ord("x")]
+        assert made.automaton._ways < 10_000
+
     @pytest.mark.parametrize("grammar", ['root ::= ("a"?){0,16000}', 'root ::= "a" ("b"? "a"?){0,12000}'])
     def test_too_much_work_is_refused(self, grammar: str) -> None:
         with pytest.raises(RequestError, match="too many ways"):
@@ -342,6 +369,18 @@ def test_grammars_are_read_once_and_few_are_kept() -> None:
     others = [kept.get(f'root ::= "{at}"') for at in range(4)]
     assert kept.get('root ::= "3"') is others[3]
     assert kept.get(JSON) is not first and len(calls) == 1
+
+
+def test_of_a_thousand_grammars_four_stay() -> None:
+    kept, alive = Grammars(lambda: TOKENS), weakref.WeakSet[Grammar]()
+    followers: list[Follower] = []
+    for at in range(1000):
+        made = kept.get(f'root ::= "{at}"')
+        alive.add(made)
+        followers = [*followers[-2:], Follower(made)]
+    followers.clear()
+    gc.collect()
+    assert len(alive) == 4
 
 
 def test_grammars_are_asked_for_by_several_threads() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -245,6 +246,48 @@ async def test_the_engine_thread_hears_of_a_stop_at_each_progress() -> None:
     async with asyncio.timeout(20.0):
         await ended.wait()
     assert [report.progress for report in reports if isinstance(report, Loading)] == [0.0], "told in steps of 1 %"
+
+
+async def test_the_engine_thread_is_at_most_so_many_reports_ahead() -> None:
+    from skulk.clock import SystemClock
+    from skulk.engines.protocol import LoadCancelled
+    from skulk.runner.engine_thread import REPORTS_AHEAD, EngineThread
+    from skulk.runner.reports import Report, Stopped
+
+    loop = asyncio.get_running_loop()
+    reports: asyncio.Queue[Report] = asyncio.Queue()
+    told = 0
+
+    def load(progress: Progress) -> Engine:
+        nonlocal told
+        for told in range(100):
+            if not progress(told / 50):
+                raise LoadCancelled
+        raise LoadCancelled
+
+    def post(report: Report) -> None:
+        loop.call_soon_threadsafe(reports.put_nowait, report)
+
+    thread = EngineThread(load, lambda _: pytest.fail("nothing was loaded"), post, SystemClock())
+    thread.start()
+    async with asyncio.timeout(20.0):
+        for _ in range(REPORTS_AHEAD):
+            await reports.get()
+        for more in range(3):
+            # the next one waits for room: nothing comes, however long it has
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(reports.get(), 0.05)
+            assert told == REPORTS_AHEAD + more
+            thread.taken()
+            await reports.get()
+        while not isinstance(await _taken(thread, reports), Stopped):
+            pass
+    assert told == 99
+
+
+async def _taken(thread: Any, reports: asyncio.Queue[Any]) -> Any:
+    thread.taken()
+    return await reports.get()
 
 
 async def test_a_defect_while_a_request_is_taken_ends_that_request_alone(
