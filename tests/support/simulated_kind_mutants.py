@@ -78,7 +78,8 @@ def _any_version_heard() -> Patches:
     return ((Channel, "pattern", pattern), (Channel, "parse", parse))
 
 
-def _hangs_on() -> Patches:
+def hangs_on() -> Patches:
+    """Nobody notices a runner that hangs."""
     return ((Hosting, "_hangs", lambda self, runner, silent_s: None),)
 
 
@@ -93,6 +94,6 @@ KIND_MUTANTS: Final = tuple(
         ("strangers-count", "it counts as no part of the cluster", _strangers_count),
         ("strangers-ask", "its beats say nothing to the master", _strangers_ask),
         ("any-version-heard", "the version stands in every subject", _any_version_heard),
-        ("hangs-on", "a runner that is silent for 10 s is killed", _hangs_on),
+        ("hangs-on", "a runner that is silent for 10 s is killed", hangs_on),
     )
 )

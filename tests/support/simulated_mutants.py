@@ -17,13 +17,13 @@ from skulk.cluster import election, fold, follow, merge, reconcile, view
 from skulk.cluster.election import Election
 from skulk.cluster.follow import Followed
 from skulk.cluster.reconcile import Difference
-from skulk.gateway import asking, dispatch, progress
+from skulk.gateway import asking, crashes, dispatch, progress
 from skulk.master import commands, leader, rounds, upkeep
 from skulk.master.rounds import Told
 from skulk.node import hosting, twins
 from skulk.wire.events import Event, InstanceAssigned
 from skulk.wire.state import ClusterState, Instance, Position, Tombstone
-from tests.support.simulated_kind_mutants import KIND_MUTANTS
+from tests.support.simulated_kind_mutants import KIND_MUTANTS, hangs_on
 from tests.support.simulated_mutant import Mutant, Patches, module
 from tests.support.simulated_streams import run_streams
 
@@ -289,6 +289,27 @@ def _no_failover() -> Patches:
     return ((dispatch, "MAX_RESUMPTIONS", 0),)
 
 
+def _resumes_on() -> Patches:
+    return ((dispatch, "MAX_RESUMPTIONS", 99),)
+
+
+def _crashes_let_through() -> Patches:
+    return ((crashes.Crashes, "check", lambda self, generation: None),)
+
+
+def _crashes_uncounted() -> Patches:
+    return ((crashes.Crashes, "note", lambda self, generation, life: False),)
+
+
+def _crashes_by_id() -> Patches:
+    numbers = itertools.count()
+    return ((crashes, "digest_of", lambda generation: str(next(numbers)).encode()),)
+
+
+def _crashes_forgotten() -> Patches:
+    return ((crashes, "REMEMBERED_S", 2.0),)
+
+
 def _from_the_start() -> Patches:
     return ((progress.Progress, "note", lambda self, chunks: None),)
 
@@ -370,6 +391,12 @@ MUTANTS: tuple[Mutant, ...] = (
             ("no-chunks-kept", "a runner keeps a request's chunks until 30 s after its end", _no_chunks_kept),
             ("any-attempt", "a chunk of an old attempt is ignored", _any_attempt),
             ("no-failover", "a stream whose runner is lost goes on at another replica", _no_failover),
+            ("resumes-on", "at most two resumptions a request", _resumes_on),
+            ("lets-through", "a request whose runner crashed twice is refused", _crashes_let_through),
+            ("uncounted", "the second crash ends it", _crashes_uncounted),
+            ("by-id", "whoever sends it again sends the same one", _crashes_by_id),
+            ("forgets-crashes", "it is refused for ten minutes", _crashes_forgotten),
+            ("hangs-on-streams", "a runner that is silent for 10 s is killed and started anew", hangs_on),
             ("from-the-start", "it goes on behind what was sent", _from_the_start),
             ("no-orphans", "a runner cancels the requests of a gateway that is silent for 5 s", _no_orphans),
             ("one-life", "or that names a new incarnation", _one_life),

@@ -134,6 +134,11 @@ class Process:
         assert self.hangs_since is not None, f"{self.runner_id} doesn't hang: {reason}"
         self.die(reason)
 
+    @property
+    def is_dead(self) -> bool:
+        """Killed or crashed; nothing in it can say so any more."""
+        return self._died.is_set()
+
     def die(self, why: str) -> None:
         """Ends it at once, as by a signal."""
         self._why = why
