@@ -19,7 +19,7 @@ from skulk.bus.port import Bus, Received, Subscription
 from skulk.bus.subjects import EVENT, MASTER_BEAT, NODE_BEAT, NODE_SNAPSHOT, RUNNER_STATUS
 from skulk.clock import Clock
 from skulk.cluster.fold import StateHash
-from skulk.cluster.follow import follow_beat, follow_event, follow_snapshot
+from skulk.cluster.follow import Followed, follow_beat, follow_event, follow_snapshot
 from skulk.cluster.liveness import MASTER_SILENT_S
 from skulk.cluster.view import (
     ClusterView,
@@ -84,7 +84,7 @@ class Replica:
         self._subscriptions: list[Subscription] = []
         self._silence_from = clock.now()
         self._is_unmerged = False
-        self._partial_of: tuple[Position, str] | None = None
+        self._taken: ClusterState | None = None
 
     @property
     def is_unmerged(self) -> bool:
@@ -222,12 +222,11 @@ class Replica:
             callback(beat)
 
     def _is_taken(self, beat: MasterBeat) -> bool:
-        """Whether a partial state is as near to the master's as this version can come: its hash never is the same."""
-        told = (beat.position, beat.state_hash)
-        if self._view.state.partial and beat.position == self._view.state.position:
-            is_known, self._partial_of = self._partial_of == told, told
-            return is_known
-        return False
+        """Whether the state is what the master's snapshot of this position gave: no other would bring it nearer.
+
+        Another version's digest of the same state never is the same.
+        """
+        return self._taken is self._view.state and beat.position == self._view.state.position
 
     def _node_heard(self, received: Received[NodeBeat]) -> None:
         self._set(with_node_beat(self._view, received.message, self._clock.now()))
@@ -296,10 +295,12 @@ class Replica:
         if followed is None or answer.state.position.term != followed.term:
             # it was the master no more, or another one is followed by now; whose next beat asks again
             return
-        if not self._keeps:
-            self._set_state(answer.state)
-            return
-        taken = follow_snapshot(self._view.state, self._hash, answer.state, self._clock.wall())
+        if self._keeps:
+            taken = follow_snapshot(self._view.state, self._hash, answer.state, self._clock.wall())
+        else:
+            taken = Followed(state=answer.state)
         self._is_unmerged = taken.is_unmerged
         if taken.state is not self._view.state:
             self._set_state(taken.state)
+        if taken.state.position == answer.state.position:
+            self._taken = taken.state

@@ -13,7 +13,7 @@ from typing import Final
 from skulk.bus.replica import Replica
 from skulk.bus.subjects import MASTER_DRAIN
 from skulk.cluster.reconcile import wanted_of
-from skulk.cluster.view import ClusterView
+from skulk.cluster.view import ClusterView, peers_of
 from skulk.errors import SkulkError
 from skulk.gateway.masters import Masters
 from skulk.ids import new_id
@@ -50,7 +50,7 @@ async def leave(identity: NodeIdentity, replica: Replica, master: Master, master
 
 
 def _could_take_over(view: ClusterView, own: str) -> bool:
-    return any(name != own and node.beat.role == "full" for name, node in view.nodes.items())
+    return any(view.nodes[name].beat.role == "full" for name in peers_of(view) - {own})
 
 
 def _runs_here(view: ClusterView, own: str) -> bool:

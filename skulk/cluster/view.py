@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 import msgspec
 
 from skulk.cluster.liveness import NODE_CLOSED_S, NODE_LOST_S, NodeLiveness, node_liveness
+from skulk.wire.base import PROTOCOL
 from skulk.wire.beats import MasterBeat, NodeBeat, RunnerStatus
 from skulk.wire.state import ClusterState, Drain, Instance
+
+T = TypeVar("T")
 
 MAX_RUNNERS: Final = 100_000
 """More than any cluster has; what would exceed it is nonsense."""
@@ -34,7 +37,7 @@ class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
     """State and beats as one observer has them.
 
     Attributes:
-        nodes: by node id; gone when lost.
+        nodes: by node id; gone when lost. Those of another version of the bus contract too: see `peers_of`.
         runners: the newest status of each runner, by runner id.
         master: the last beat of the master that is followed; None while there is none.
         known: when each node that runs models was last heard, lost ones included, for a day; those that left are out.
@@ -76,10 +79,18 @@ def with_node_beat(view: ClusterView, beat: NodeBeat, now: float) -> ClusterView
 
     A runner's own later word stands against one beat, which may have been written before it; what the second one
     says is so, whatever the clocks say: the later word may be another process's (a cloned home's) that is gone. Of a
-    node that was started again (another incarnation) nothing older is kept. One that leaves is gone at once.
+    node that was started again (another incarnation) nothing older is kept. One that leaves is gone at once. One that
+    speaks another version of the bus contract is shown, and what it says of runners is none of ours.
     """
     if beat.leaving:
         return _without_left(view, beat)
+    if beat.protocol != PROTOCOL:
+        return msgspec.structs.replace(
+            view,
+            nodes={**view.nodes, beat.node_id: NodeView(beat=beat, heard_at=now)},
+            runners=_without_runners_of(view, beat.node_id),
+            known=_without(view.known, beat.node_id),
+        )
     before = view.nodes.get(beat.node_id)
     before_runners = view.runners if before is None or before.beat.incarnation == beat.incarnation else {}
     runners = _without_runners_of(view, beat.node_id)
@@ -118,11 +129,15 @@ def _without_left(view: ClusterView, beat: NodeBeat) -> ClusterView:
     is_master = view.master is not None and view.master.node_id == beat.node_id
     return msgspec.structs.replace(
         view,
-        nodes={name: node for name, node in view.nodes.items() if name != beat.node_id},
+        nodes=_without(view.nodes, beat.node_id),
         runners=_without_runners_of(view, beat.node_id),
         master=None if is_master else view.master,
-        known={name: at for name, at in view.known.items() if name != beat.node_id},
+        known=_without(view.known, beat.node_id),
     )
+
+
+def _without(items: dict[str, T], gone: str) -> dict[str, T]:
+    return {name: item for name, item in items.items() if name != gone}
 
 
 def with_runner_status(view: ClusterView, status: RunnerStatus) -> ClusterView:
@@ -226,9 +241,14 @@ def runner_of(view: ClusterView, instance: Instance) -> RunnerStatus | None:
     return status if status is not None and status.node_id == instance.assignment.node_id else None
 
 
+def peers_of(view: ClusterView) -> set[str]:
+    """The nodes that speak this version of the bus contract: one of another version is shown, and part of nothing."""
+    return {name for name, node in view.nodes.items() if node.beat.protocol == PROTOCOL}
+
+
 def followers_of(view: ClusterView, node_id: str) -> int:
     """How many live nodes follow this master by their own word. O(nodes)."""
-    return sum(1 for node in view.nodes.values() if node.beat.master == node_id)
+    return sum(1 for node in view.nodes.values() if node.beat.master == node_id and node.beat.protocol == PROTOCOL)
 
 
 def phase_of(view: ClusterView, instance: Instance) -> InstancePhase:

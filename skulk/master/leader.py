@@ -12,7 +12,7 @@ import msgspec
 from skulk.bus.port import Bus
 from skulk.bus.replica import Replica
 from skulk.clock import Clock
-from skulk.cluster.view import ClusterView, followers_of, liveness_of, with_state
+from skulk.cluster.view import ClusterView, followers_of, liveness_of, peers_of, with_state
 from skulk.errors import RequestError, ServiceError, SkulkError, UnavailableError
 from skulk.ids import commanded_instance_id, ensured_instance_id, is_token, new_id
 from skulk.master.drains import drained_node
@@ -214,7 +214,7 @@ class Leader:
         )
         position = self._ledger.append(event)
         assignment = instance.assignment
-        if assignment is not None and assignment.node_id in self._replica.view.nodes:
+        if assignment is not None and assignment.node_id in peers_of(self._replica.view):
             runner = assignment.runner_id
             await self._replica.wait_until(lambda view: _is_gone(view.runners.get(runner)), STOP_WAIT_S)
         else:
@@ -226,9 +226,9 @@ class Leader:
         own = self._node_id
 
         def is_elsewhere(view: ClusterView) -> bool:
-            return any(node.beat.position >= position for name, node in view.nodes.items() if name != own)
+            return any(view.nodes[name].beat.position >= position for name in peers_of(view) - {own})
 
-        if self._replica.view.nodes.keys() - {own} and await self._replica.wait_until(is_elsewhere, STOP_WAIT_S):
+        if peers_of(self._replica.view) - {own} and await self._replica.wait_until(is_elsewhere, STOP_WAIT_S):
             return
         if self._persist is not None and not await self._persist():
             raise ServiceError("disk_full", "the deletion is not on this node's disk; free some space and ask again")

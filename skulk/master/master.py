@@ -51,13 +51,14 @@ from skulk.cluster.election import (
 )
 from skulk.cluster.fold import state_hash
 from skulk.cluster.merge import merge
-from skulk.cluster.view import followers_of
+from skulk.cluster.view import followers_of, peers_of
 from skulk.errors import UnavailableError
 from skulk.master.commands import Commands
 from skulk.master.leader import Leader, Persist
 from skulk.master.rounds import gather, pre_vote
 from skulk.master.upkeep import Rules
 from skulk.master.waiting import Waiting
+from skulk.wire.base import PROTOCOL
 from skulk.wire.beats import MasterBeat, NodeBeat
 from skulk.wire.commands import (
     DeleteInstance,
@@ -179,6 +180,8 @@ class Master:
         self._step(BusChanged(state == "connected"))
 
     def _node_heard(self, beat: NodeBeat) -> None:
+        if beat.protocol != PROTOCOL:
+            return
         if beat.leaving:
             self._step(MasterLeft(beat.node_id))
         else:
@@ -236,7 +239,7 @@ class Master:
         """Everybody who was heard within the last seconds."""
         view = self._replica.view
         masters = () if view.master is None else (view.master.node_id,)
-        return {*view.nodes, *masters} - {self._node_id}
+        return {*peers_of(view), *masters} - {self._node_id}
 
     async def _ask_others(self, asked: AskOthers) -> None:
         answers = await pre_vote(self._bus, self._node_id, self._others())

@@ -2,8 +2,8 @@
 
 1. An assignment that its node refused         becomes pending; that node is barred for a while, longer each time.
 2. An assignment to a node that is drained     moves where another node fits, else becomes pending.
-3. An assignment whose node is lost            moves where another node fits: after `replace_after_s` of silence; as
-                                               soon as the node is lost, where a request waits for the model; never
+3. An assignment whose node is lost, or came   moves where another node fits: after `replace_after_s` of silence; as
+   back as another version of the contract     soon as the node is lost, where a request waits for the model; never
                                                before `MINORITY_WAIT_S` on a side with fewer than half of the known
                                                full nodes.
 4. A pending instance                          is assigned when a node fits; told why it is nowhere, where nobody did.
@@ -20,7 +20,7 @@ import msgspec
 
 from skulk.cluster.liveness import NODE_CLOSED_S, NODE_LOST_S
 from skulk.cluster.merge import TOMBSTONE_S
-from skulk.cluster.view import ClusterView, drain_of, runner_of
+from skulk.cluster.view import ClusterView, drain_of, peers_of, runner_of
 from skulk.placement.decision import assign, place
 from skulk.wire.events import Event, InstanceAssigned, InstanceUnassigned, NodeDrainEnded, TombstonesExpired
 from skulk.wire.placement import PlacementDecision
@@ -93,7 +93,7 @@ class Upkeep(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         placements: of the state at the last look.
         barred: by instance, the nodes that refused it.
-        missing: by node, since when an assignment's node has been silent.
+        missing: by node, since when an assignment's node has been silent, or of another version of the bus contract.
         heard: the nodes that this master has heard itself; others' silence begins with its first look.
         waited: models that requests wait for.
         settles_at: until then nothing moves: a new master hasn't heard everybody yet.
@@ -109,18 +109,21 @@ class Upkeep(msgspec.Struct, frozen=True, kw_only=True):
 
 def with_missing(upkeep: Upkeep, view: ClusterView, now: float) -> Upkeep:
     """The memory after a look at who is there. Cost: O(nodes), and O(instances) where the state has changed."""
-    placements = placements_of(view.state, upkeep.placements)
+    placements, peers = placements_of(view.state, upkeep.placements), peers_of(view)
     missing = {
         node: upkeep.missing.get(node, _silent_from(view, node, now) if node in upkeep.heard else now)
-        for node in sorted(placements.on_node.keys() - view.nodes.keys())
+        for node in sorted(placements.on_node.keys() - peers)
     }
-    heard = upkeep.heard if upkeep.heard >= view.nodes.keys() else upkeep.heard | view.nodes.keys()
+    heard = upkeep.heard if upkeep.heard >= peers else upkeep.heard | peers
     return msgspec.structs.replace(upkeep, placements=placements, missing=missing, heard=heard)
 
 
 def _silent_from(view: ClusterView, node: str, now: float) -> float:
-    """When a node that has just been lost was heard last: not before its silence began to count."""
-    return max(view.known.get(node, 0.0), now - NODE_LOST_S)
+    """When a node that has just been lost was heard last: not before its silence began to count.
+
+    One that is here and speaks another version of the bus contract was there until now.
+    """
+    return now if node in view.nodes else max(view.known.get(node, 0.0), now - NODE_LOST_S)
 
 
 def with_barred(upkeep: Upkeep, instance_id: str, node_id: str, now: float) -> Upkeep:
@@ -149,8 +152,10 @@ def is_minority(view: ClusterView) -> bool:
     """Whether fewer than half of the nodes that run models, as far as they are known, are here."""
     known = set(view.known)
     known |= {found.assignment.node_id for found in view.state.instances.values() if found.assignment is not None}
-    here = sum(1 for node in view.nodes.values() if node.beat.role == "full")
-    return 2 * here < len(known)
+    peers = peers_of(view)
+    here = sum(1 for name in peers if view.nodes[name].beat.role == "full")
+    # one that is here and speaks another version of the bus contract is on no side
+    return 2 * here < len(known - (view.nodes.keys() - peers))
 
 
 def refused_by(view: ClusterView) -> tuple[Instance, ...]:
@@ -259,8 +264,15 @@ def _moved(
             continue
         moved = placement_of(upkeep, view, instance, now, rules)
         if moved is not None:
-            reason = f"node {instance.assignment.node_id} has been silent for {now - since:.0f} s"
+            reason = _why_missing(view, instance.assignment.node_id, now - since)
             yield msgspec.structs.replace(moved, reason=reason)
+
+
+def _why_missing(view: ClusterView, node_id: str, silent_s: float) -> str:
+    node = view.nodes.get(node_id)
+    if node is None:
+        return f"node {node_id} has been silent for {silent_s:.0f} s"
+    return f"node {node_id} speaks version {node.beat.protocol} of the bus contract by now"
 
 
 def _placed(

@@ -24,6 +24,7 @@ from skulk.wire.placement import MemoryEstimate
 from skulk.wire.state import ClusterState, Position
 from skulk.wire.unknown import joined
 from tests.support.contract import EXAMPLES, SUBJECTS, message_of
+from tests.support.tomorrow import tomorrow
 
 TYPES = render_contract.message_types()
 each = pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
@@ -70,24 +71,10 @@ def test_an_example_and_its_encoded_form_obey_the_schema(example: Path) -> None:
     validator.validate(json.loads(encode(decode(example.read_bytes(), TYPES[name]))))
 
 
-MAPPINGS = {"streams", "instances", "tombstones", "drains", "score", "variables", "logit_bias"}
-"""Fields whose keys are ids and names: there a new key is no unknown field."""
-
-
-def newer(value: Any, *, is_mapping: bool = False) -> Any:
-    """The same as a version of tomorrow would send it: with one more field in every record."""
-    if isinstance(value, list):
-        return [newer(inner) for inner in value]
-    if not isinstance(value, dict):
-        return value
-    inner = {name: newer(field, is_mapping=name in MAPPINGS) for name, field in value.items()}
-    return inner if is_mapping else {**inner, "field_of_tomorrow": {"a": [1]}}
-
-
 @each
 def test_fields_of_a_newer_version_are_ignored_at_any_depth(example: Path) -> None:
     kind = TYPES[message_of(example)]
-    sent = json.dumps(newer(json.loads(example.read_bytes())))
+    sent = json.dumps(tomorrow(json.loads(example.read_bytes())))
     assert "field_of_tomorrow" in sent
     assert known_part(decode(sent.encode(), kind)) == decode(example.read_bytes(), kind)
 
@@ -107,7 +94,7 @@ def test_what_a_newer_version_wrote_into_a_state_survives_a_round_trip(example: 
     kind = TYPES[message_of(example)]
     if message_of(example) not in ("Snapshot", "Gathered"):
         return
-    sent = json.dumps(newer(json.loads(example.read_bytes()))).encode()
+    sent = json.dumps(tomorrow(json.loads(example.read_bytes()))).encode()
     message = decode(sent, kind)
     assert decode(encode(message), kind) == message
     put_back = joined(json.loads(encode(message))["state"])

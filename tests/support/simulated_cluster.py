@@ -13,23 +13,23 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from skulk.bus.memory_bus import MemoryBus, MemoryHub
+from skulk.bus.memory_bus import MemoryHub
 from skulk.bus.replica import Replica
-from skulk.bus.subjects import GATEWAY_BEAT, MASTER_DELETE, MASTER_DRAIN, MASTER_PLACE, Endpoint
+from skulk.bus.subjects import MASTER_DELETE, MASTER_DRAIN, MASTER_PLACE, Endpoint
 from skulk.bus.transport import Raw
 from skulk.cluster.fold import state_hash
 from skulk.cluster.merge import lacks, merge
 from skulk.cluster.reconcile import wanted_of
 from skulk.cluster.view import drain_of, with_state
 from skulk.errors import SkulkError
-from skulk.gateway.masters import Masters
 from skulk.ids import ensured_instance_id
-from skulk.wire.beats import GatewayBeat
 from skulk.wire.commands import DeleteInstance, DeleteReply, DrainNode, PlacementReply, PlaceModel
 from skulk.wire.events import EventRecord
 from skulk.wire.placement import PlacementRequest
 from skulk.wire.state import ClusterState, Position, Term
+from tests.support.simulated_client import Client
 from tests.support.simulated_node import MODELS, Disk, Life, Machine
+from tests.support.simulated_versions import Version
 from tests.support.simulated_witness import Meetings, Witness
 from tests.support.states import GIB, card
 from tests.support.virtual_time import VirtualClock, VirtualLoop
@@ -48,47 +48,22 @@ DRIFT: Final = 0.001
 """A quartz is ten times better; what goes wrong by it shows sooner so."""
 
 
-class Client:
-    """A gateway's part in placing and deleting."""
-
-    def __init__(self, hub: MemoryHub, name: str, clock: VirtualClock) -> None:
-        self.name = name
-        self.bus = MemoryBus(hub, cluster="test", name=name, clock=clock)
-        self.incarnation = "0001"
-        self.replica = Replica(self.bus, clock)
-        self.masters = Masters(self.bus, self.replica, clock)
-        self.task: asyncio.Task[None] | None = None
-
-    async def run(self, dice: random.Random) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self.replica.run())
-            tasks.create_task(self._beat(dice))
-
-    async def _beat(self, dice: random.Random) -> None:
-        """Requests wait for a model now and then."""
-        waiting: tuple[str, ...] = ()
-        while True:
-            if dice.random() < 0.1:
-                waiting = (dice.choice(MODELS),) if dice.random() < 0.5 else ()
-            beat = GatewayBeat(
-                gateway_id=self.name, incarnation=self.incarnation, node_id="n0", at=0.0, waiting=waiting
-            )
-            if self.bus.state == "connected":
-                await self.bus.publish(GATEWAY_BEAT, beat, gateway=self.name)
-            await asyncio.sleep(1.0)
-
-
 class SimulatedCluster:
     """The nodes, two clients, the network and the dice.
 
     Attributes:
+        dice: of what its kind adds to the story, so that the rest of it stays the same.
+        may_clone: homes may be copied in its story.
         is_rough: messages are lost, doubled and late.
         lives: the nodes that run, by id; a clone runs beside its original under another name.
         closes_routes: a node that dies closes its routes, as a process does; else it is only silent, as without power.
     """
 
+    may_clone = True
+
     def __init__(self, seed: int, nodes: int) -> None:
         self.random = random.Random(seed)
+        self.dice = random.Random(seed ^ 0xD1CE)
         drifts = random.Random(seed ^ 0x5EED)
         is_drifting = drifts.random() < 0.5
         self.clocks = {
@@ -132,7 +107,7 @@ class SimulatedCluster:
 
     def _disturb(self, sender: str, receiver: str, message: Raw) -> Sequence[float]:
         tokens = message.subject.split(".")
-        is_control = tokens[0] == "skulk" and tokens[3] in CONTROL
+        is_control = tokens[0] == "skulk" and tokens[2] == "v1" and tokens[3] in CONTROL
         if is_control:
             self.witness.hear(sender, message)
         delays = self._delays(sender, receiver)
@@ -177,7 +152,14 @@ class SimulatedCluster:
         clock = self.clocks[name]
         self._closed_at.pop(name, None)
         life = self.lives[name] = Life(
-            self.hub, name, name, clock, machine, self.disks[name], lambda: self._closed_for(name, clock)
+            self.hub,
+            name,
+            name,
+            clock,
+            machine,
+            self.disks[name],
+            lambda: self._closed_for(name, clock),
+            self.version_for(name),
         )
         self._note_apart_from(name)
         await life.start()
@@ -187,6 +169,11 @@ class SimulatedCluster:
         """What a node that starts runs on."""
         del name
         return Machine(self.random.choice((3, 5, 9)) * GIB, self.random)
+
+    def version_for(self, name: str) -> Version:
+        """The version that a node that starts is of."""
+        del name
+        return ""
 
     async def kill_node(self, name: str) -> None:
         """Ends a node as by SIGKILL."""
@@ -237,7 +224,7 @@ class SimulatedCluster:
         disk = self.disks[name]
         if len(disk.bodies) < 2:
             return
-        old = msgspec.json.decode(self.random.choice(disk.bodies), type=ClusterState)
+        old = ClusterState.opened(msgspec.json.decode(self.random.choice(disk.bodies)))
         term = Term(number=old.position.term.number + 50, node_id=name, incarnation=f"old{len(disk.bodies)}")
         aged = msgspec.structs.replace(
             old, position=Position(term=term, seq=old.position.seq + self.random.randint(0, 5))
@@ -362,12 +349,26 @@ class SimulatedCluster:
         return paused_at + 0.15 < written_at <= self.now() + 0.01
 
     def is_minority(self, name: str) -> bool:
-        life = self.lives.get(name)
-        if life is None or len(life.replica.view.known) < len(self.clocks):
+        life, counted = self.lives.get(name), self.counted()
+        if life is None or len(life.replica.view.known) < len(counted):
             return False
-        others = (other for other in self.clocks if other != name)
+        others = counted - {name}
         far = sum(1 for other in others if self.now() - self._beat_at.get((other, name), -1e9) >= 6.0)
-        return 2 * (len(self.clocks) - far) < len(self.clocks)
+        return 2 * (len(counted) - far) < len(counted)
+
+    def counted(self) -> set[str]:
+        """The nodes that a side may be a minority of."""
+        return set(self.clocks)
+
+    def digest_of(self, sender: str, position: Position, told: str) -> str:
+        """The digest of what every version must know at a position; empty where that can't be told."""
+        del sender, position
+        return told
+
+    def knows_foreign(self, sender: str, node_id: str) -> bool:
+        """Whether a node that places hears that another one is of an incompatible version."""
+        del sender, node_id
+        return False
 
     def check(self) -> None:
         """Raises what went wrong so far."""
@@ -428,7 +429,7 @@ class SimulatedCluster:
         state = self.lives[leading[0]].state
         digest = state_hash(state)
         for name, replica in self._replicas():
-            if replica.hash != digest:
+            if not self.is_like(replica, state, digest):
                 return f"{name} stands at {replica.view.state.position}, the master at {state.position}"
             if replica.view.master is None or replica.view.master.node_id != leading[0]:
                 return f"{name} follows {replica.view.master}"
@@ -437,6 +438,22 @@ class SimulatedCluster:
             if wanted != running:
                 return f"{name} runs {sorted(running)}, not {sorted(wanted)}"
         return self._misplaced(self.lives[leading[0]])
+
+    def is_like(self, replica: Replica, state: ClusterState, digest: str) -> bool:
+        """Whether a copy is the master's state, whose digest is given."""
+        del state
+        return replica.hash == digest
+
+    def may_return(self, name: str) -> bool:
+        """Whether a node that doesn't run is to run again in the end."""
+        del name
+        return True
+
+    async def side_story(self) -> None:
+        """What its kind adds to the rough times, until it is cancelled."""
+
+    async def last_story(self) -> None:
+        """What its kind does once all has come together."""
 
     def _misplaced(self, master: Life) -> str:
         """An instance that lies where it shouldn't, or nowhere though a node fits."""

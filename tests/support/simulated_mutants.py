@@ -6,11 +6,9 @@ A mutant replaces functions of the real modules while it runs; nothing in the pr
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any
-from unittest import mock
 
 import msgspec
 
@@ -25,38 +23,18 @@ from skulk.master.rounds import Told
 from skulk.node import hosting, twins
 from skulk.wire.events import Event, InstanceAssigned
 from skulk.wire.state import ClusterState, Instance, Position, Tombstone
-from tests.support.simulated_faults import run
+from tests.support.simulated_kind_mutants import KIND_MUTANTS
+from tests.support.simulated_mutant import Mutant, Patches, module
 from tests.support.simulated_streams import run_streams
 
-Patches = tuple[tuple[object, str, Any], ...]
 replace = msgspec.structs.replace
-
-
-class Mutant(msgspec.Struct, frozen=True, kw_only=True):
-    """A rule, in one sentence of the design, and what switches it off.
-
-    ``first``: where the hunt for a seed begins; a rule that is rarely needed needs a rare story.
-    """
-
-    name: str
-    rule: str
-    patches: Callable[[], Patches]
-    run: Callable[[int], None] = run
-    first: int = 0
-
-    @contextlib.contextmanager
-    def applied(self) -> Generator[None]:
-        with contextlib.ExitStack() as stack:
-            for owner, name, value in self.patches():
-                stack.enter_context(mock.patch.object(owner, name, value))
-            yield
 
 
 def _no_pre_vote() -> Patches:
     async def nobody(*_: object) -> tuple[()]:
         return ()
 
-    return ((_module("skulk.master.master"), "pre_vote", nobody),)
+    return ((module("skulk.master.master"), "pre_vote", nobody),)
 
 
 def _no_order() -> Patches:
@@ -65,14 +43,14 @@ def _no_order() -> Patches:
     def answer(state: Election, now: float) -> Any:
         return replace(real(state, now), is_ready=False)
 
-    return ((_module("skulk.master.master"), "answer", answer),)
+    return ((module("skulk.master.master"), "answer", answer),)
 
 
 def _no_round() -> Patches:
     async def nothing(*_: object) -> Told:
         return Told(answers=())
 
-    return ((_module("skulk.master.master"), "gather", nothing),)
+    return ((module("skulk.master.master"), "gather", nothing),)
 
 
 def _no_promise() -> Patches:
@@ -101,7 +79,7 @@ def _no_unmerged() -> Patches:
         del own_hash, wall
         return Followed(state=snapshot if snapshot.cluster == state.cluster else state)
 
-    return ((_module("skulk.bus.replica"), "follow_snapshot", follow_snapshot),)
+    return ((module("skulk.bus.replica"), "follow_snapshot", follow_snapshot),)
 
 
 def _one_lineage() -> Patches:
@@ -125,14 +103,14 @@ def _any_term() -> Patches:
             return Followed(state=state, wants_snapshot=record.position > state.position)
         return Followed(state=fold.fold(state, record))
 
-    return ((_module("skulk.bus.replica"), "follow_event", follow_event),)
+    return ((module("skulk.bus.replica"), "follow_event", follow_event),)
 
 
 def _no_snapshots() -> Patches:
     async def nothing(_: object) -> None:
         return None
 
-    return ((_module("skulk.bus.replica").Replica, "_fetch_snapshot", nothing),)
+    return ((module("skulk.bus.replica").Replica, "_fetch_snapshot", nothing),)
 
 
 def _seq_restarts() -> Patches:
@@ -175,8 +153,8 @@ def _no_refusal() -> Patches:
 
 
 def _no_reservation() -> Patches:
-    admission = _module("skulk.node.hosting")
-    rooms = _module("skulk.placement.rooms")
+    admission = module("skulk.node.hosting")
+    rooms = module("skulk.placement.rooms")
     return ((admission, "reserved_bytes", lambda *_: 0), (rooms, "reserved_bytes", lambda *_: 0))
 
 
@@ -201,7 +179,7 @@ def _commands_again() -> Patches:
 
 
 def _forgets_disk() -> Patches:
-    return ((_module("tests.support.simulated_node").Disk, "load", lambda self: None),)
+    return ((module("tests.support.simulated_node").Disk, "load", lambda self: None),)
 
 
 def _clones_live() -> Patches:
@@ -234,7 +212,7 @@ def _word_stands() -> Patches:
             known = replace(known, nodes={**known.nodes, beat.node_id: replace(node, doubted=frozenset())})
         return real(known, beat, now)
 
-    return ((_module("skulk.bus.replica"), "with_node_beat", with_node_beat),)
+    return ((module("skulk.bus.replica"), "with_node_beat", with_node_beat),)
 
 
 def _no_reason() -> Patches:
@@ -272,7 +250,7 @@ def _seq_follows() -> Patches:
         found = real(level, own_hash, snapshot, wall)
         return replace(found, state=state) if found.state is level else found
 
-    return ((_module("skulk.bus.replica"), "follow_snapshot", follow_snapshot),)
+    return ((module("skulk.bus.replica"), "follow_snapshot", follow_snapshot),)
 
 
 def _no_resend() -> Patches:
@@ -331,12 +309,6 @@ def _one_life() -> Patches:
 
 def _no_cancel() -> Patches:
     return ((asking.Asking, "cancel_soon", lambda self, runner_id, request_id: None),)
-
-
-def _module(name: str) -> Any:
-    import importlib
-
-    return importlib.import_module(name)
 
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -404,4 +376,5 @@ MUTANTS: tuple[Mutant, ...] = (
             ("no-cancel", "a client that goes away cancels its generation", _no_cancel),
         )
     )
+    + KIND_MUTANTS
 )

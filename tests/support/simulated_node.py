@@ -14,19 +14,21 @@ import msgspec
 
 from skulk.bus.memory_bus import MemoryBus, MemoryHub
 from skulk.bus.replica import Replica
+from skulk.cluster.liveness import RUNNER_SILENT_S, RUNNER_STATUS_S
 from skulk.cluster.reconcile import Wanted
 from skulk.cluster.view import ClusterView
-from skulk.errors import StartError, UnavailableError, first_of
+from skulk.errors import ServiceError, StartError, UnavailableError, first_of
 from skulk.master.master import Master
 from skulk.master.upkeep import Rules, decision_on
 from skulk.node.hosting import Hosting, Prepared, ProcessReport
 from skulk.node.identity import NodeIdentity
 from skulk.node.node import Measured, Node, NodeRoles
 from skulk.node.storage import StateFile
-from skulk.wire.base import PROTOCOL
+from skulk.wire.base import PROTOCOL, ErrorBody
 from skulk.wire.beats import DiskFacts, MemoryFacts, SystemFacts
 from skulk.wire.model import HeldModel
 from skulk.wire.state import ClusterState, Instance
+from tests.support.simulated_versions import VERSION, ForeignBus, Version, opened, packed
 from tests.support.states import GIB
 from tests.support.virtual_time import OWNER, VirtualClock, VirtualLoop
 
@@ -42,7 +44,7 @@ class Disk:
         self.bodies: list[bytes] = []
 
     def load(self) -> ClusterState | None:
-        return msgspec.json.decode(self.bodies[-1], type=ClusterState) if self.bodies else None
+        return opened(self.bodies[-1]) if self.bodies else None
 
 
 class DiskFile(StateFile):
@@ -55,34 +57,73 @@ class DiskFile(StateFile):
 
     async def flush(self) -> bool:
         if self._newest is not None and not self.is_cut:
-            self._disk.bodies.append(msgspec.json.encode(self._newest))
+            self._disk.bodies.append(packed(self._newest))
         return True
 
 
 class Process:
-    """A runner's process: takes half of its memory at once, the rest when it is loaded, and frees it when stopped."""
+    """A runner's process: takes half of its memory at once, the rest when it is loaded, and frees it when it ends.
 
-    def __init__(self, machine: Machine, wanted: Wanted, on_ready: Callable[[Wanted], None]) -> None:
+    It speaks when it is ready, and every second where its machine has it so, until it hangs (`hangs_since`). One that
+    is killed or crashes is started again, as the supervisor does.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        wanted: Wanted,
+        on_ready: Callable[[Wanted], None],
+        on_exit: Callable[[ProcessReport], None],
+    ) -> None:
         self._machine = machine
         self._wanted = wanted
         self._on_ready = on_ready
+        self._on_exit = on_exit
         self._stopped = asyncio.Event()
+        self._died = asyncio.Event()
+        self._why = ""
+        self._restarts = 0
+        self.runner_id = wanted.assignment.runner_id
+        self.hangs_since: float | None = None
 
     @property
     def pid(self) -> int | None:
         return 4711
 
     async def run(self) -> None:
-        assignment = self._wanted.assignment
+        while not self._stopped.is_set():
+            self._died.clear()
+            self.hangs_since = None
+            await self._live()
+            if self._died.is_set() and not self._stopped.is_set():
+                self._restarts += 1
+                error = ErrorBody.of(ServiceError("runner_failed", self._why))
+                self._on_exit(ProcessReport(error=error, restarts=self._restarts, is_final=False))
+                await asyncio.sleep(self._machine.dice.uniform(0.5, 2.0))
+
+    async def _live(self) -> None:
         try:
-            self._machine.take(assignment.runner_id, assignment.memory.need_bytes // 2)
+            self._machine.take(self.runner_id, self._wanted.assignment.memory.need_bytes // 2)
             await asyncio.sleep(self._machine.dice.uniform(0.1, 2.0))
-            self._machine.take(assignment.runner_id, assignment.memory.need_bytes)
+            self._machine.take(self.runner_id, self._wanted.assignment.memory.need_bytes)
+            self._machine.serving_now[self.runner_id] = self
             async with self._machine.serving(self._wanted):
-                self._on_ready(self._wanted)
-                await self._stopped.wait()
+                await self._serve()
         finally:
-            self._machine.used.pop(assignment.runner_id, None)
+            self._machine.used.pop(self.runner_id, None)
+            self._machine.serving_now.pop(self.runner_id, None)
+
+    async def _serve(self) -> None:
+        ends = [asyncio.ensure_future(event.wait()) for event in (self._stopped, self._died)]
+        try:
+            while not self._stopped.is_set() and not self._died.is_set():
+                if self.hangs_since is None:
+                    self._on_ready(self._wanted)
+                pause_s = RUNNER_STATUS_S if self._machine.speaks else None
+                await asyncio.wait(ends, timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for end in ends:
+                end.cancel()
 
     async def stop(self) -> None:
         if not self._machine.is_off:
@@ -90,11 +131,20 @@ class Process:
         self._stopped.set()
 
     def kill(self, reason: str) -> None:
-        raise AssertionError(f"nobody hangs here: {reason}")
+        assert self.hangs_since is not None, f"{self.runner_id} doesn't hang: {reason}"
+        self.die(reason)
+
+    def die(self, why: str) -> None:
+        """Ends it at once, as by a signal."""
+        self._why = why
+        self._died.set()
 
 
 class Machine:
-    """Memory, weights and processes. ``refuses``: downloads fail here; ``is_off``: it has no power any more."""
+    """Memory, weights and processes. ``refuses``: downloads fail here; ``is_off``: it has no power any more.
+
+    ``speaks``: its runners say every second that they live; ``serving_now``: those that are loaded, by runner id.
+    """
 
     def __init__(self, memory_bytes: int, dice: random.Random) -> None:
         self.memory_bytes = memory_bytes
@@ -102,6 +152,8 @@ class Machine:
         self.used: dict[str, int] = {}
         self.refuses = False
         self.is_off = False
+        self.speaks = False
+        self.serving_now: dict[str, Process] = {}
         self.beyond: str = ""
         self.quarantined: dict[str, str] = {}
         self.on_ready: Callable[[Wanted], None] = lambda wanted: None
@@ -132,8 +184,8 @@ class Machine:
         return await self.measure(pids)
 
     def supervise(self, wanted: Wanted, prepared: Prepared, on_exit: Callable[[ProcessReport], None]) -> Process:
-        del prepared, on_exit
-        return Process(self, wanted, self.on_ready)
+        del prepared
+        return Process(self, wanted, self.on_ready, on_exit)
 
     async def measure(self, pids: dict[str, int]) -> Measured:
         usable = max(0, self.memory_bytes - sum(self.used.values()))
@@ -161,8 +213,10 @@ class Life:
         machine: Machine,
         disk: Disk,
         closed: Callable[[], Mapping[str, float]] = dict,
+        version: Version = "",
     ) -> None:
         self.name = name
+        self.version = version
         self._closed = closed
         self.born_at = asyncio.get_running_loop().time()
         self.node_id = node_id
@@ -172,16 +226,18 @@ class Life:
         self.protocol = PROTOCOL
         self.failure: BaseException | None = None
         self._ending: asyncio.Task[None] | None = None
-        self._context = contextvars.copy_context()
-        self._context.run(OWNER.set, name)
-        self._context.run(self._build, hub, clock, disk)
+        self.context = contextvars.copy_context()
+        self.context.run(OWNER.set, name)
+        self.context.run(VERSION.set, version)
+        self.context.run(self._build, hub, clock, disk)
         self._tasks: list[asyncio.Task[None]] = []
 
     def _build(self, hub: MemoryHub, clock: VirtualClock, disk: Disk) -> None:
-        self.bus = MemoryBus(hub, cluster="test", name=self.name, clock=clock)
+        kind = ForeignBus if self.version == "foreign" else MemoryBus
+        self.bus = kind(hub, cluster="test", name=self.name, clock=clock)
         self.replica = Replica(self.bus, clock, disk.load(), keeps=True, closed=self._closed)
-        # its runners speak only when they change
-        self.hosting = Hosting(self.bus, clock, self.node_id, self.machine, silent_s=math.inf)
+        silent_s = RUNNER_SILENT_S if self.machine.speaks else math.inf
+        self.hosting = Hosting(self.bus, clock, self.node_id, self.machine, silent_s=silent_s)
         self.machine.on_ready = self._runner_ready
         self.master = Master(
             self.bus, self.replica, clock, node_id=self.node_id, incarnation=self.incarnation, patience_s=1.5
@@ -195,13 +251,13 @@ class Life:
             hosting=self.hosting,
             state_file=self.file,
             authority=lambda: self.master.state,
-            roles=lambda: NodeRoles(version="0.1.0", role="full"),
+            roles=lambda: NodeRoles(version="0.2.0" if self.version else "0.1.0", role="full"),
         )
 
     def _runner_ready(self, wanted: Wanted) -> None:
         for status in self.hosting.statuses():
             if status.runner_id == wanted.assignment.runner_id:
-                self.hosting.heard(msgspec.structs.replace(status, phase="ready"))
+                self.hosting.heard(msgspec.structs.replace(status, phase="ready", error=None))
 
     @property
     def is_leading(self) -> bool:
@@ -222,10 +278,10 @@ class Life:
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
-        await loop.create_task(self.replica.start(), context=self._context)
+        await loop.create_task(self.replica.start(), context=self.context)
         for role in (self.replica, self.node, self.master):
             task = loop.create_task(
-                self._guarded(role.run()), name=f"{self.name}-{type(role).__name__}", context=self._context
+                self._guarded(role.run()), name=f"{self.name}-{type(role).__name__}", context=self.context
             )
             self._tasks.append(task)
 

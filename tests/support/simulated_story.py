@@ -9,8 +9,8 @@ from unittest import mock
 
 from skulk.bus.subjects import EVENT
 from skulk.bus.transport import Raw
-from skulk.wire.base import decode
 from tests.support import simulated_cluster, simulated_witness
+from tests.support.simulated_versions import read
 
 
 @contextlib.contextmanager
@@ -30,7 +30,7 @@ def told(tell: Callable[[str], None] | None) -> Generator[None]:
 
     def check(self: Any, sender: str, message: Raw) -> None:
         if message.subject.split(".")[3] == "event" and not message.reply:
-            record = decode(message.body, EVENT.payload)
+            record = read(message.body, EVENT.payload)
             term = record.position.term
             clusters[-1].note(
                 f"{sender} writes {record.position.seq} in term {term.number}/{term.node_id}: {record.event}"

@@ -49,7 +49,8 @@ from skulk.wire.generation import (
 )
 from skulk.wire.model import ModelCard
 from skulk.wire.placement import PlacementRequest
-from tests.support.simulated_cluster import Client, SimulatedCluster
+from tests.support.simulated_client import Client
+from tests.support.simulated_cluster import SimulatedCluster
 from tests.support.simulated_faults import Decoded
 from tests.support.simulated_node import MODELS, Machine
 from tests.support.states import GIB, card

@@ -7,10 +7,10 @@ from typing import Protocol
 from skulk.bus.subjects import EVENT, MASTER_BEAT, NODE_BEAT, RUNNER_STATUS
 from skulk.bus.transport import Raw
 from skulk.master.upkeep import MINORITY_WAIT_S
-from skulk.wire.base import decode
 from skulk.wire.beats import RunnerStatus
 from skulk.wire.events import EventRecord, InstanceAssigned, InstanceCreated, TermBegan
 from skulk.wire.state import NO_TERM, Position, Term
+from tests.support.simulated_versions import read
 
 GRACE_S = 5.0
 ROUNDING_S = 1e-6
@@ -41,6 +41,14 @@ class Scene(Protocol):
         """Whether a node has been on a side with fewer than half of all nodes for 6 s."""
         ...
 
+    def digest_of(self, sender: str, position: Position, told: str) -> str:
+        """The digest of what every version must know at a position that a node tells; empty where it can't be told."""
+        ...
+
+    def knows_foreign(self, sender: str, node_id: str) -> bool:
+        """Whether a node that places hears that another one is of an incompatible version."""
+        ...
+
 
 class Witness:
     """Hears everything as it is sent, and checks what must hold of it.
@@ -48,7 +56,7 @@ class Witness:
     One writer a term, one state a position, one instance a command. Two nodes that hear each other don't begin two
     terms of one number; the first in order begins it; nobody begins one against a master that others hear. A master
     that slept doesn't go on with its term. Nothing of a lost node is placed again within 5 s of an election, nor by a
-    minority within two minutes.
+    minority within two minutes. Nothing is placed on a node of an incompatible version.
     """
 
     def __init__(self, scene: Scene) -> None:
@@ -75,7 +83,7 @@ class Witness:
     def _check(self, sender: str, message: Raw) -> None:
         plane, noun = message.subject.split(".")[3:5]
         if plane == "event" and not message.reply:
-            record = decode(message.body, EVENT.payload)
+            record = read(message.body, EVENT.payload)
             self._writes(record.position.term, sender)
             self._event(sender, record)
             if isinstance(record.event, InstanceCreated):
@@ -83,19 +91,19 @@ class Witness:
                 made.add(record.event.instance.instance_id)
                 assert len(made) == 1, f"the command {record.event.command_id} was carried out twice: {made}"
         elif (plane, noun) == ("beat", "master"):
-            beat = decode(message.body, MASTER_BEAT.payload)
+            beat = read(message.body, MASTER_BEAT.payload)
             self._writes(beat.term, sender)
-            self._stands(beat.position, beat.state_hash)
+            self._stands(beat.position, self._scene.digest_of(sender, beat.position, beat.state_hash))
         elif (plane, noun) == ("status", "runner"):
-            self._note_refusals((decode(message.body, RUNNER_STATUS.payload),))
+            self._note_refusals((read(message.body, RUNNER_STATUS.payload),))
         elif (plane, noun) == ("beat", "node"):
-            told = decode(message.body, NODE_BEAT.payload)
+            told = read(message.body, NODE_BEAT.payload)
             self._note_refusals(told.runners)
             is_ahead = told.position.term.incarnation == told.incarnation and told.position.term not in self._began
             # its own beat may overtake the first word of its own term: it counts for the terms after that one
             key = (told.incarnation, told.position.term if is_ahead else NO_TERM)
             self._seqs[key] = max(self._seqs.get(key, 0), told.position.seq)
-            self._stands(told.position, told.state_hash)
+            self._stands(told.position, self._scene.digest_of(sender, told.position, told.state_hash))
 
     def _event(self, sender: str, record: EventRecord) -> None:
         term, event, now = record.position.term, record.event, self._scene.now()
@@ -112,7 +120,14 @@ class Witness:
             assert not better, f"{sender} began {term} though {better} comes before it"
             heard = self._scene.others_hear(sender)
             assert not heard, f"{sender} began {term} though others hear the master {heard}"
-        elif isinstance(event, InstanceAssigned) and "silent" in event.reason:
+        elif isinstance(event, InstanceAssigned):
+            self._assigns(sender, term, event, now)
+        assert not self._scene.is_stale(record, sender), f"{sender} goes on with {term} after a pause"
+
+    def _assigns(self, sender: str, term: Term, event: InstanceAssigned, now: float) -> None:
+        node = event.assignment.node_id
+        assert not self._scene.knows_foreign(sender, node), f"{sender} places on {node}, an incompatible version"
+        if "silent" in event.reason:
             age_s = now - self._began.get(term, -1e9)
             assert age_s >= GRACE_S - ROUNDING_S, (
                 f"{term} places {event.instance_id} again {age_s:.1f} s after its election"
@@ -120,7 +135,6 @@ class Witness:
             silent_s = float(event.reason.split()[-2])
             is_hasty = silent_s < MINORITY_WAIT_S and self._scene.is_minority(sender)
             assert not is_hasty, f"{sender} places {event.instance_id} again, with a minority"
-        assert not self._scene.is_stale(record, sender), f"{sender} goes on with {term} after a pause"
 
     def _note_refusals(self, statuses: tuple[RunnerStatus, ...]) -> None:
         self.refused.update((one.instance_id, one.node_id) for one in statuses if one.phase == "refused")
@@ -129,7 +143,7 @@ class Witness:
         assert self.writers.setdefault(term, sender) == sender, f"two writers of {term}: {self.writers[term]}, {sender}"
 
     def _stands(self, position: Position, digest: str) -> None:
-        if position.seq:
+        if position.seq and digest:
             assert self.hashes.setdefault(position, digest) == digest, f"two states at {position}"
 
 

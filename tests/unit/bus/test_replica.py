@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
 
 from skulk.bus.memory_bus import MemoryBus, MemoryHub
@@ -143,6 +144,28 @@ async def test_a_snapshot_that_failed_is_asked_for_again() -> None:
         assert len(asked) >= 2
         assert replica.view.state == STATE
         assert replica.hash == state_hash(STATE)
+
+
+async def test_a_master_that_digests_the_same_state_otherwise_is_asked_once() -> None:
+    """A newer version has one more field in its records: no snapshot of it ever has the digest that its beats tell."""
+    asked: list[str] = []
+
+    async def answer(call: Call[SnapshotRequest]) -> Snapshot:
+        asked.append(call.ids["node"])
+        return Snapshot(node_id="aaaa", state=STATE)
+
+    async with following(MemoryHub()) as (replica, _, speaker):
+        await speaker.serve("node", {NODE_SNAPSHOT: answer}, node="aaaa")
+        other = msgspec.structs.replace(master_beat(STATE), state_hash="f" * 16)
+        heard: list[MasterBeat] = []
+        replica.on_master_beat(heard.append)
+        await speaker.publish(MASTER_BEAT, other, node="aaaa")
+        assert await replica.wait_for(STATE.position, 2.0)
+        async with asyncio.timeout(5.0):
+            while len(heard) < 10:
+                await speaker.publish(MASTER_BEAT, other, node="aaaa")
+                await replica.wait_until(lambda _view: False, 0.02)
+        assert asked == ["aaaa"]
 
 
 async def test_a_gap_in_the_log_is_healed_from_the_master() -> None:

@@ -10,7 +10,9 @@ from skulk.cluster.reconcile import difference, wanted_of
 from skulk.cluster.view import (
     ClusterView,
     closed_as_told,
+    followers_of,
     liveness_of,
+    peers_of,
     phase_of,
     ready_instances,
     runner_of,
@@ -184,3 +186,16 @@ def test_reconcile_starts_what_is_wanted_and_stops_the_rest() -> None:
     assert [item.assignment.runner_id for item in found.start] == ["i1-2"]
     assert found.stop == ("i1-1", "i9-1")
     assert difference(wanted, frozenset({"i1-2"})).start == ()
+
+
+def test_a_node_of_another_version_of_the_contract_is_shown_and_part_of_nothing() -> None:
+    view = with_node_beat(view_with(), beat(runners=(status(ASSIGNED, "ready"),)), 100.0)
+    assert ready_instances(view, "org/model")
+    other = msgspec.structs.replace(beat(runners=(status(ASSIGNED, "ready"),)), protocol=2, master="aaaa")
+    view = with_node_beat(view, other, 101.0)
+    assert view.nodes["aaaa"].beat.protocol == 2
+    assert peers_of(view) == set()
+    assert (view.runners, view.known, followers_of(view, "aaaa")) == ({}, {}, 0)
+    assert not ready_instances(view, "org/model")
+    again = with_node_beat(view, beat(), 102.0)
+    assert peers_of(again) == {"aaaa"} and again.known == {"aaaa": 102.0}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from skulk.bus.memory_bus import MemoryBus, MemoryHub
-from skulk.bus.subjects import ELECTION_GATHER, MASTER_DELETE, MASTER_PLACE, RUNNER_STATUS
+from skulk.bus.subjects import ELECTION_GATHER, MASTER_DELETE, MASTER_PLACE, NODE_BEAT, RUNNER_STATUS
 from skulk.clock import SystemClock
 from skulk.cluster.view import ClusterView, with_node_beat
 from skulk.errors import RequestError, UnavailableError
@@ -16,9 +17,9 @@ from skulk.master.commands import Commands
 from skulk.master.leader import Leader
 from skulk.master.upkeep import Rules, Upkeep, next_event
 from skulk.wire.commands import DeleteInstance, Gather, PlaceModel
-from skulk.wire.events import InstanceAssigned
+from skulk.wire.events import InstanceAssigned, InstanceCreated
 from skulk.wire.placement import PlacementRequest
-from skulk.wire.state import Term
+from skulk.wire.state import Position, Term
 from tests.support.control_plane import FakeMachine, FakeNode, running_node
 from tests.support.states import assignment, beat, card, instance, state_of, status
 
@@ -263,3 +264,22 @@ def test_a_new_master_moves_nothing_before_it_can_have_heard_everybody() -> None
     moved = next_event(upkeep, view, 12.0, 1_000.0, rules)
     assert isinstance(moved, InstanceAssigned)
     assert moved.assignment.node_id == "aaaa"
+
+
+async def test_a_deletion_that_only_an_incompatible_node_could_keep_is_put_on_the_own_disk(tmp_path: Path) -> None:
+    persisted: list[str] = []
+
+    async def persist() -> bool:
+        persisted.append("once")
+        return True
+
+    async with running_node(tmp_path) as node:
+        ahead = Position(term=msgspec.structs.replace(HIGHER, number=900), seq=9000)
+        foreign = msgspec.structs.replace(beat("zzzz"), protocol=2, position=ahead)
+        await node.bus.publish(NODE_BEAT, foreign, node="zzzz")
+        assert await node.replica.wait_until(lambda view: "zzzz" in view.nodes, 2.0)
+        own = Term(number=99, node_id="aaaa", incarnation="0001")
+        leader = Leader(node.bus, node.replica, SystemClock(), own, Rules(), persist=persist)
+        leader._ledger.append(InstanceCreated(instance=instance("i1", assigned=assignment("i1", node_id="zzzz"))))
+        await leader.delete(DeleteInstance(command_id="d1", instance_id="i1"))
+        assert persisted == ["once"]

@@ -103,6 +103,27 @@ def test_a_minority_waits_two_minutes_whoever_waits() -> None:
     assert not is_minority(seen_and_lost(view_of("aaaa", "bbbb"))[0]), "half is no minority"
 
 
+def test_the_instance_of_a_node_that_came_back_as_another_version_moves_after_the_same_time() -> None:
+    view = view_of("aaaa", "bbbb")
+    upkeep = with_missing(Upkeep(), view, 100.0)
+    view = with_node_beat(view, msgspec.structs.replace(beat("aaaa"), protocol=2), 101.0)
+    upkeep = with_missing(upkeep, view, 101.0)
+    assert upkeep.missing == {"aaaa": 101.0}
+    view = with_node_beat(view, beat("bbbb"), 115.0)
+    assert due(view, 115.9, upkeep) is None
+    event = due(view, 116.0, upkeep)
+    assert isinstance(event, InstanceAssigned)
+    assert event.assignment.node_id == "bbbb"
+    assert event.reason == "node aaaa speaks version 2 of the bus contract by now"
+
+
+def test_nodes_of_another_version_make_nobody_a_minority() -> None:
+    view = view_of("aaaa", "bbbb", "cccc", on="bbbb")
+    for node in ("bbbb", "cccc"):
+        view = with_node_beat(view, msgspec.structs.replace(beat(node), protocol=2), 101.0)
+    assert not is_minority(view)
+
+
 def test_nothing_moves_within_the_grace_of_a_new_master() -> None:
     view, upkeep = seen_and_lost(view_of("aaaa", "bbbb"))
     fresh = msgspec.structs.replace(upkeep, settles_at=200.0)
