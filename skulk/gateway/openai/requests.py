@@ -263,21 +263,19 @@ def _text_prompts(prompt: str | list[Any]) -> tuple[TextPrompt | TokenPrompt, ..
                 param="prompt",
             )
         case _:
-            return tuple(_text_prompt(one) for one in prompt)
+            return tuple(_text_prompt(one, f"prompt[{index}]") for index, one in enumerate(prompt))
 
 
-def _text_prompt(prompt: Any) -> TextPrompt | TokenPrompt:
+def _text_prompt(prompt: Any, name: str = "prompt") -> TextPrompt | TokenPrompt:
     match prompt:
         case str():
             return TextPrompt(text=prompt)
         case [int(), *_]:
             return TokenPrompt(tokens=_token_ids(prompt))
         case []:
-            raise RequestError("invalid_request", "prompt is empty", param="prompt")
+            raise RequestError("invalid_request", f"{name} is empty", param="prompt")
         case _:
-            raise RequestError(
-                "invalid_request", "prompt must be a text or an array of token ids, or an array of such", param="prompt"
-            )
+            raise RequestError("invalid_request", f"{name} must be a text or an array of token ids", param="prompt")
 
 
 def _infill(prompt: TextPrompt | TokenPrompt, suffix: str) -> InfillPrompt:
