@@ -109,7 +109,8 @@ def fold(state: ClusterState, record: EventRecord) -> ClusterState:
             changed = msgspec.structs.replace(state, tombstones=tombstones)
         case _:
             assert_never(event)
-    return msgspec.structs.replace(changed, position=position, unknown=_known_again(changed.unknown, event))
+    unknown = _known_again(changed.unknown, event)
+    return msgspec.structs.replace(changed, position=position, unknown=unknown, partial=bool(unknown))
 
 
 def _known_again(unknown: dict[str, Any], event: Event) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from skulk.cluster.merge import merge
 from skulk.node.storage import load_state
 from skulk.wire.base import decode, encode
 from skulk.wire.commands import Snapshot
-from skulk.wire.events import InstanceAssigned, InstanceDeleted
+from skulk.wire.events import InstanceAssigned, InstanceCreated, InstanceDeleted
 from skulk.wire.state import Assignment, ClusterState, Instance, Position
 from skulk.wire.unknown import opened
 from tests.support.states import TERM, assignment, instance, record, state_of
@@ -80,6 +80,17 @@ def test_it_goes_with_the_record_that_it_belongs_to() -> None:
     assert (read.assignment.epoch, read.assignment.speed) == (2, 0)
     gone = fold(state, record(InstanceDeleted(instance_id="i1", deleted_at=0.0), 7))
     assert gone.unknown["instances"].keys() == {"i2"}
+
+
+def test_a_state_is_whole_again_when_nothing_unknown_is_left_in_it() -> None:
+    state = msgspec.structs.replace(older_view(), unknown={"instances": older_view().unknown["instances"]})
+    for number, name in enumerate(("i1", "i2"), 6):
+        assert state.partial
+        state = fold(state, record(InstanceDeleted(instance_id=name, deleted_at=0.0), number))
+    assert (state.unknown, state.partial) == ({}, False)
+    # nor does it come back over the bus as partial
+    told = decode(encode({"node_id": "bbbb", "state": state}), Snapshot).state
+    assert follow_event(told, record(InstanceCreated(instance=instance("i3")), 8)).state.instances.keys() == {"i3"}
 
 
 def test_a_partial_state_is_never_folded_by_a_follower() -> None:
