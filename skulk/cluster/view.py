@@ -141,13 +141,18 @@ def _without(items: dict[str, T], gone: str) -> dict[str, T]:
 
 
 def with_runner_status(view: ClusterView, status: RunnerStatus) -> ClusterView:
-    """The view after a runner's own word, or its supervisor's."""
+    """The view after a runner's own word, or its supervisor's.
+
+    What comes late of a node that speaks another version of the bus contract by now is none of ours.
+    """
+    node = view.nodes.get(status.node_id)
+    if node is not None and node.beat.protocol != PROTOCOL:
+        return view
     known = view.runners.get(status.runner_id)
     if known is None and len(view.runners) >= MAX_RUNNERS:
         return view
     kept = _chosen(view.state, known, status)
     runners = {**view.runners, status.runner_id: kept}
-    node = view.nodes.get(status.node_id)
     if known is not None or node is None:
         return msgspec.structs.replace(view, runners=runners)
     told = msgspec.structs.replace(node, told=(*node.told, status.runner_id))

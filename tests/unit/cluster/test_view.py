@@ -197,5 +197,6 @@ def test_a_node_of_another_version_of_the_contract_is_shown_and_part_of_nothing(
     assert peers_of(view) == set()
     assert (view.runners, view.known, followers_of(view, "aaaa")) == ({}, {}, 0)
     assert not ready_instances(view, "org/model")
+    assert with_runner_status(view, status(ASSIGNED, "ready")) is view, "it comes late, or is no word of ours"
     again = with_node_beat(view, beat(), 102.0)
     assert peers_of(again) == {"aaaa"} and again.known == {"aaaa": 102.0}
