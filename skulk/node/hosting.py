@@ -170,11 +170,16 @@ class Hosting:
     def heard(self, status: RunnerStatus) -> None:
         """A runner's own word about itself; what others say about runners that aren't here is ignored.
 
+        Two masters that didn't hear each other may have placed one instance, in one epoch, on two nodes: the other
+        node's runner has the same name.
+
         Its words come in their order, so only those of an earlier process are stale. ``since`` can't tell: a clock
         that was set back would freeze the status.
         """
         runner = self._runners.get(status.runner_id)
         if runner is None or runner.process is None or runner.is_stopping or runner.is_over:
+            return
+        if status.node_id != self._node_id:
             return
         if status.restarts == runner.status.restarts:
             runner.heard_at = self._clock.now()

@@ -101,6 +101,15 @@ async def test_the_late_word_of_a_dead_process_does_not_count() -> None:
         assert node.now.phase == "failed"
 
 
+async def test_the_word_of_another_nodes_runner_of_the_same_name_is_none_of_this_ones() -> None:
+    """Two masters that didn't hear each other placed one instance on two nodes, in one epoch."""
+    async with hosted() as node:
+        await node.accepted()
+        node.hosting.heard(word("ready"))
+        node.hosting.heard(msgspec.structs.replace(word("draining", since=9.1e9), node_id="bbbb"))
+        assert (node.now.phase, node.now.node_id) == ("ready", "aaaa")
+
+
 async def test_a_runner_that_has_no_process_yet_has_no_word() -> None:
     machine = FakeMachine()
     machine.prepared.clear()
