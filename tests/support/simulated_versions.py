@@ -127,7 +127,9 @@ def _decoder(real: Callable[[bytes, Any], Any]) -> Callable[[bytes, Any], Any]:
 def _folder(real: Callable[[ClusterState, Any], ClusterState]) -> Callable[[ClusterState, Any], ClusterState]:
     def fold_as(state: ClusterState, record: Any) -> ClusterState:
         if not isinstance(record.event, InstancePainted):
-            return real(state, record)
+            folded = real(state, record)
+            # colours are nothing unknown to it
+            return replace(folded, partial=False) if VERSION.get() == "newer" else folded
         name, instance = record.event.instance_id, state.instances.get(record.event.instance_id)
         if instance is None:
             return replace(state, position=record.position)
