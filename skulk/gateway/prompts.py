@@ -51,7 +51,7 @@ class Prompts(Stoppable):
         self._deadline = deadline
         self._tasks: set[asyncio.Task[None]] = set()
         self._began = 0
-        self._accepted = 0
+        self._accepted: set[int] = set()
         self._ends: list[StreamEnd] = []
         self._first_at = 0.0
         self._running: dict[int, Run] = {}
@@ -109,13 +109,14 @@ class Prompts(Stoppable):
         return None if self._last is None else self._last.accepted
 
     async def begin(self) -> None:
-        """Returns when all that may be under way are accepted.
+        """Returns when as many are accepted as there are slots for at first.
 
         Raises:
             SkulkError: one was refused.
         """
         self._fill()
-        while self._accepted < self._began:
+        first = range(self._began)
+        while not self._accepted.issuperset(first):
             await self._wait()
 
     async def take(self, timeout_s: float) -> list[Chunk]:
@@ -180,7 +181,7 @@ class Prompts(Stoppable):
             run.is_answered, run.is_behind = self._is_answered, self._is_behind
             self._running[index] = self._last = run
             self._first_at = self._first_at or self._clock.now()
-            self._accepted += 1
+            self._accepted.add(index)
             self._fill()
             self._changed.set()
             silent = set(range(self._n))
