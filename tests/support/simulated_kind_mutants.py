@@ -8,10 +8,11 @@ import msgspec
 
 from skulk.bus.replica import Replica
 from skulk.bus.subjects import Channel
-from skulk.cluster import election
+from skulk.cluster import election, fold
 from skulk.errors import ServiceError
 from skulk.node.hosting import Hosting
 from skulk.wire.base import decode
+from skulk.wire.state import ClusterState
 from skulk.wire.unknown import joined
 from tests.support.simulated_mutant import Mutant, Patches, module
 
@@ -28,6 +29,7 @@ class _AnyVersion:
     __hash__ = None  # type: ignore[assignment]
 
 
+replace = msgspec.structs.replace
 ANY_VERSION: Final = _AnyVersion()
 
 
@@ -83,17 +85,40 @@ def hangs_on() -> Patches:
     return ((Hosting, "_hangs", lambda self, runner, silent_s: None),)
 
 
+def _namesakes_heard() -> Patches:
+    real = Hosting.heard
+
+    def heard(self: Any, status: Any) -> None:
+        real(self, replace(status, node_id=self._node_id))
+        if status.runner_id in self._runners:
+            runner = self._runners[status.runner_id]
+            runner.status = replace(runner.status, node_id=status.node_id)
+
+    return ((Hosting, "heard", heard),)
+
+
+def _partial_stays() -> Patches:
+    real = fold.fold
+
+    def fold_as(state: ClusterState, record: Any) -> ClusterState:
+        return replace(real(state, record), partial=state.partial)
+
+    return ((module("skulk.master.ledger"), "fold", fold_as),)
+
+
 KIND_MUTANTS: Final = tuple(
-    Mutant(name=name, rule=rule, patches=patches)
-    for name, rule, patches in (
-        ("fields-refused", "fields that a version doesn't know are ignored", _fields_refused),
-        ("unknown-lost", "what a newer version wrote survives those that don't know it", _unknown_lost),
-        ("partial-leads", "a node with a partial state campaigns only when no complete node lives", _partial_leads),
-        ("always-asks", "who has the master's snapshot doesn't ask again for its digest's sake", _always_asks),
-        ("places-anywhere", "a node of an incompatible version takes no placements", _places_anywhere),
-        ("strangers-count", "it counts as no part of the cluster", _strangers_count),
-        ("strangers-ask", "its beats say nothing to the master", _strangers_ask),
-        ("any-version-heard", "the version stands in every subject", _any_version_heard),
-        ("hangs-on", "a runner that is silent for 10 s is killed", hangs_on),
+    Mutant(name=name, rule=rule, patches=patches, first=first)
+    for name, rule, patches, first in (
+        ("fields-refused", "fields that a version doesn't know are ignored", _fields_refused, 0),
+        ("unknown-lost", "what a newer version wrote survives those that don't know it", _unknown_lost, 0),
+        ("partial-leads", "a node with a partial state campaigns only when no complete node lives", _partial_leads, 0),
+        ("partial-stays", "a state is whole again once nothing unknown is left in it", _partial_stays, 1000),
+        ("always-asks", "who has the master's snapshot doesn't ask again for its digest's sake", _always_asks, 0),
+        ("places-anywhere", "a node of an incompatible version takes no placements", _places_anywhere, 0),
+        ("strangers-count", "it counts as no part of the cluster", _strangers_count, 0),
+        ("strangers-ask", "its beats say nothing to the master", _strangers_ask, 0),
+        ("any-version-heard", "the version stands in every subject", _any_version_heard, 0),
+        ("hangs-on", "a runner that is silent for 10 s is killed", hangs_on, 0),
+        ("namesakes-heard", "a node hears only its own runners as such", _namesakes_heard, 20),
     )
 )

@@ -69,8 +69,7 @@ class MixedCluster(SimulatedCluster):
         return whole(replica.view.state) == whole(state)
 
     def better_than(self, candidate: str) -> str:
-        if super().better_than(candidate):
-            return super().better_than(candidate)
+        # not what a node is now counts, but what it was when it was asked
         order = self._order_of(candidate)
         if order is None or candidate in self._leads_since or self.now() - self._paused_at.get(candidate, -1e9) < 5.0:
             return ""

@@ -56,7 +56,8 @@ class Witness:
     One writer a term, one state a position, one instance a command. Two nodes that hear each other don't begin two
     terms of one number; the first in order begins it; nobody begins one against a master that others hear. A master
     that slept doesn't go on with its term. Nothing of a lost node is placed again within 5 s of an election, nor by a
-    minority within two minutes. Nothing is placed on a node of an incompatible version.
+    minority within two minutes. Nothing is placed on a node of an incompatible version. A node tells of no runners but
+    its own.
     """
 
     def __init__(self, scene: Scene) -> None:
@@ -99,6 +100,8 @@ class Witness:
         elif (plane, noun) == ("beat", "node"):
             told = read(message.body, NODE_BEAT.payload)
             self._note_refusals(told.runners)
+            others = {status.node_id for status in told.runners} - {told.node_id}
+            assert not others, f"{sender} tells of runners of {others} as its own"
             is_ahead = told.position.term.incarnation == told.incarnation and told.position.term not in self._began
             # its own beat may overtake the first word of its own term: it counts for the terms after that one
             key = (told.incarnation, told.position.term if is_ahead else NO_TERM)
