@@ -109,7 +109,7 @@ def test_nodes_of_one_network_find_each_other_and_follow_an_address(tmp_path: Pa
 
 
 def test_two_nodes_of_one_host_and_one_of_another(tmp_path: Path) -> None:
-    free = ("--nats-port", "0", "--route-port", "0")
+    free = ("--nats-port", "0", "--route-port", "0", "--files-port", "0")
     with no_process_left(), lan(2) as hosts, ExitStack() as stack:
         nodes = [
             stack.enter_context(node(hosts[0], tmp_path, *free, name="a")),
