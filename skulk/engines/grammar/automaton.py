@@ -29,8 +29,8 @@ Ways: TypeAlias = frozenset[Way]
 
 DEAD: Final = 0
 ACCEPTED: Final[Way] = (-1, -1)
-MAX_WORK: Final = 100_000
-"""Ways looked at between two calls of `Automaton.allow_work`: some 0.1 s."""
+MAX_WORK: Final = 30_000
+"""Ways looked at between two calls of `Automaton.allow_work`: some 0.03 s."""
 MAX_STATES: Final = 4096
 MAX_WAYS: Final = 100_000
 """When so many states, or ways in states and nodes, have come to an automaton, another one is to begin."""
