@@ -39,7 +39,12 @@ def draw(sequence: Sequence, token: int, vocabulary: Vocabulary, **changes: Any)
     if vocabulary.is_end(token) and not request.ignore_eos:
         text, _ = _rest(sequence, sequence.held_bytes, sequence.held_text)
         return _drawn(sequence, text, finish_reason="stop", **changes)
-    complete, held_bytes = decode_bytes(sequence.held_bytes, vocabulary.piece(token))
+    piece = vocabulary.piece(token)
+    is_plain = piece.isascii() and not (request.stop or sequence.held_bytes or sequence.skip)
+    if is_plain and drawn.count < request.max_tokens:
+        # most tokens: nothing was held back, and nothing has to be
+        return Drawn(msgspec.structs.replace(sequence, **changes), piece.decode(), None)
+    complete, held_bytes = decode_bytes(sequence.held_bytes, piece)
     text, held_text, is_stopped = scan(request.stop, sequence.held_text, complete)
     if is_stopped:
         return _drawn(sequence, text, finish_reason="stop", **changes)

@@ -74,6 +74,8 @@ def plan_step(state: BatchState, budget: StepBudget) -> StepPlan | None:
 
 def passed_slots(state: BatchState, plan: StepPlan) -> frozenset[int]:
     """Slots whose prompts waited in this step for one that came later."""
+    if len(state.running) < 2:
+        return frozenset()
     prompts = {seq.slot: seq.order for seq in state.running if not seq.is_decoding}
     if len(prompts) < 2:
         return frozenset()

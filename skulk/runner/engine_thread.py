@@ -224,6 +224,9 @@ class EngineThread:
 
     def _take_commands(self) -> list[Command] | None:
         """All commands so far, after waiting for one where nothing is open; None: stop."""
+        if not (self._commands or self._stopping or self._state.is_idle):
+            # Between most steps; what comes in this moment is taken before the next one.
+            return []
         with self._wake:
             while self._state.is_idle and not self._commands and not self._stopping:
                 self._wake.wait()
