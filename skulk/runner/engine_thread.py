@@ -92,6 +92,7 @@ class EngineThread:
         # Each is counted by one thread alone, so that a report costs no lock but where the loop is far behind.
         self._posted = 0
         self._handled = 0
+        self._waits_for_room = False
         self._has_room = threading.Event()
         self._told_progress = -1.0
         self._told_held: tuple[int, ...] = ()
@@ -121,7 +122,8 @@ class EngineThread:
     def taken(self) -> None:
         """The event loop has handled one report."""
         self._handled += 1
-        self._has_room.set()
+        if self._waits_for_room:
+            self._has_room.set()
 
     # The thread
 
@@ -134,15 +136,21 @@ class EngineThread:
             log.debug("the event loop is gone; the engine thread ends")
 
     def _report(self, report: Report) -> None:
-        while self._posted - self._handled >= REPORTS_AHEAD:
-            self._has_room.clear()
-            if self._posted - self._handled >= REPORTS_AHEAD and not self._has_room.wait(REPORT_TIMEOUT_S):
-                raise LoopGone
+        if self._posted - self._handled >= REPORTS_AHEAD:
+            self._wait_for_room()
         self._posted += 1
         try:
             self._post(report)
         except RuntimeError as error:
             raise LoopGone from error
+
+    def _wait_for_room(self) -> None:
+        self._waits_for_room = True
+        while self._posted - self._handled >= REPORTS_AHEAD:
+            self._has_room.clear()
+            if self._posted - self._handled >= REPORTS_AHEAD and not self._has_room.wait(REPORT_TIMEOUT_S):
+                raise LoopGone
+        self._waits_for_room = False
 
     def _progress(self, done: float) -> bool:
         if done - self._told_progress >= PROGRESS_STEP or (done >= 1.0 > self._told_progress):
