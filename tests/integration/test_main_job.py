@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import nats
+import openai
 import psutil
 import pytest
 import pytest_asyncio
@@ -23,6 +24,11 @@ from tests.support.whole_node import FREE_PORTS, MODEL, WholeNode, skulk, text_o
 
 QUESTION = [{"role": "user", "content": "Name three rivers."}]
 TOKENS = 48
+LACKED: dict[str, Any] = {
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+    "response_format": {"type": "json_object"},
+    "logprobs": True,
+}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -288,6 +294,49 @@ async def test_a_grammar_holds_the_answer_and_a_wrong_one_is_refused_before_any_
     told, answer = await node.call("POST", "/v1/chat/completions", {**body, "stream": True, "grammar": "root ::= x"})
     assert (told, answer["error"]["code"], answer["error"]["param"]) == (400, "invalid_request", "grammar")
     assert "x is used and nowhere defined" in answer["error"]["message"]
+
+
+async def test_the_openai_client_against_a_running_node(node: WholeNode) -> None:
+    messages: Any = QUESTION
+    short: Any = {"model": MODEL, "messages": messages, "max_tokens": 8, "temperature": 0}
+    async with openai.AsyncOpenAI(base_url=f"{node.url}/v1", api_key="none", max_retries=0) as client:
+        whole = await client.chat.completions.create(**short, n=2, seed=1, stop=["###"])
+        first, second = (choice.message.content for choice in whole.choices)
+        assert first and first == second
+        assert whole.usage is not None and whole.usage.completion_tokens == 16
+        stream = await client.chat.completions.create(**short, stream=True, stream_options={"include_usage": True})
+        chunks = [chunk async for chunk in stream]
+        deltas = [choice.delta for chunk in chunks for choice in chunk.choices]
+        assert "".join(delta.content or "" for delta in deltas) == first
+        assert [delta.role for delta in deltas if delta.role] == ["assistant"]
+        assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 8
+        texts = await client.completions.create(
+            model=MODEL, prompt=["One, two,", "Red, green,"], echo=True, n=2, max_tokens=4, temperature=0
+        )
+        assert [choice.index for choice in texts.choices] == [0, 1, 2, 3]
+        assert [choice.text.split(",")[0] for choice in texts.choices] == ["One", "One", "Red", "Red"]
+        raw = await client.chat.completions.with_raw_response.create(**short, metadata={"a": "b"})
+        assert raw.headers["X-Skulk-Inert"] == "metadata" and raw.headers["X-Request-Id"]
+        assert raw.parse().choices[0].message.content == first
+        for param, value in LACKED.items():
+            with pytest.raises(openai.BadRequestError, match="this version lacks") as refused:
+                asked: Any = {**short, param: value}
+                await client.chat.completions.create(**asked)
+            assert refused.value.param == param
+        with pytest.raises(openai.BadRequestError, match="gives no embeddings"):
+            await client.embeddings.create(model=MODEL, input="a")
+        with pytest.raises(openai.NotFoundError):
+            missing: Any = {**short, "model": "no/such"}
+            await client.chat.completions.create(**missing)
+        with pytest.raises(openai.BadRequestError) as long:
+            await client.completions.create(model=MODEL, prompt="word " * 9000)
+        assert long.value.code == "context_length_exceeded"
+
+    def ask() -> str | None:
+        with openai.OpenAI(base_url=f"{node.url}/v1", api_key="none", max_retries=0) as plain:
+            return plain.chat.completions.create(**short).choices[0].message.content
+
+    assert await asyncio.to_thread(ask) == first
 
 
 async def test_what_a_user_types_stays_text(node: WholeNode) -> None:
