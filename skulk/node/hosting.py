@@ -32,6 +32,8 @@ from skulk.wire.beats import MeasuredSpeed, RunnerPhase, RunnerStatus
 log = logging.getLogger("skulk.node")
 
 UNSENT_STATUSES: Final = 1_000
+_OF_NODES: Final = ("accepted", "refused")
+"""What a node says of a runner, and no runner of itself."""
 
 
 class ProcessReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -171,7 +173,8 @@ class Hosting:
         """A runner's own word about itself; what others say about runners that aren't here is ignored.
 
         Two masters that didn't hear each other may have placed one instance, in one epoch, on two nodes: the other
-        node's runner has the same name.
+        node's runner has the same name. And a node with a copy of this one's home goes by its id: what it accepts or
+        refuses, which no runner says of itself, is not this one's memory.
 
         Its words come in their order, so only those of an earlier process are stale. ``since`` can't tell: a clock
         that was set back would freeze the status.
@@ -179,7 +182,7 @@ class Hosting:
         runner = self._runners.get(status.runner_id)
         if runner is None or runner.process is None or runner.is_stopping or runner.is_over:
             return
-        if status.node_id != self._node_id:
+        if status.node_id != self._node_id or status.phase in _OF_NODES:
             return
         if status.restarts == runner.status.restarts:
             runner.heard_at = self._clock.now()

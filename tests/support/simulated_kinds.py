@@ -20,6 +20,7 @@ from tests.support.states import GIB
 from tests.support.virtual_time import VirtualClock
 
 TOGETHER_S: Final = 40.0
+ONE_LOOK_S: Final = 0.1
 REST_S: Final = 8.0
 STABLE_S: Final = 3.0
 COLOURS: Final = ("red", "green", "blue")
@@ -157,7 +158,10 @@ class ForeignCluster(SimulatedCluster):
     def knows_foreign(self, sender: str, node_id: str) -> bool:
         life = self.lives.get(sender)
         node = None if life is None else life.replica.view.nodes.get(node_id)
-        return node is not None and node.beat.protocol == FOREIGN
+        if node is None or node.beat.protocol != FOREIGN or life is None:
+            return False
+        # what it sends now may have been decided in the moment before it heard that
+        return life.bus.clock.now() - node.heard_at > ONE_LOOK_S
 
     async def start_node(self, name: str) -> Life:
         if name in self.foreign:

@@ -110,6 +110,15 @@ async def test_the_word_of_another_nodes_runner_of_the_same_name_is_none_of_this
         assert (node.now.phase, node.now.node_id) == ("ready", "aaaa")
 
 
+@pytest.mark.parametrize("phase", ["refused", "accepted"])
+async def test_what_a_node_with_a_copy_of_this_home_decides_is_not_this_ones_memory(phase: RunnerPhase) -> None:
+    async with hosted() as node:
+        await node.accepted()
+        node.hosting.heard(word("ready"))
+        node.hosting.heard(word(phase, since=9.1e9))
+        assert node.now.phase == "ready", "a refused one would hold no memory"
+
+
 async def test_a_runner_that_has_no_process_yet_has_no_word() -> None:
     machine = FakeMachine()
     machine.prepared.clear()
