@@ -24,8 +24,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Final
 
 from skulk.bus.port import Bus
@@ -78,6 +78,7 @@ class Dispatcher:
         self._crashes = Crashes(clock)
         self._router = Router()
         self._runs: dict[str, Run] = {}
+        self._wholes: dict[str, Callable[[], None]] = {}
         self._waiting = 0
         self._waited: Counter[str] = Counter()
         self._idle = asyncio.Event()
@@ -107,13 +108,16 @@ class Dispatcher:
         return tuple(sorted(self._waited))
 
     @asynccontextmanager
-    async def begin(self, generation: Generation, timeout_s: float, *, part_of: str = "") -> AsyncGenerator[Run]:
+    async def begin(
+        self, generation: Generation, timeout_s: float, *, part_of: str = "", is_let_in: bool = False
+    ) -> AsyncGenerator[Run]:
         """A run that a runner has accepted. Leaving before its end cancels it at the runner.
 
         Args:
             generation: what is asked.
             timeout_s: seconds until it ends with ``deadline_exceeded``, wherever it is.
             part_of: the request that it is one prompt of; its id cancels it too.
+            is_let_in: see `Run`.
 
         Raises:
             SkulkError: see the module's table.
@@ -124,7 +128,7 @@ class Dispatcher:
             )
         self._crashes.check(generation)
         deadline = self._clock.now() + timeout_s
-        run = Run(new_id(), generation, deadline, self._clock, self._find_next, part_of)
+        run = Run(new_id(), generation, deadline, self._clock, self._find_next, part_of, is_let_in=is_let_in)
         self._runs[run.request_id] = run
         self._idle.clear()
         try:
@@ -136,6 +140,10 @@ class Dispatcher:
 
     async def cancel(self, request_id: str) -> bool:
         """Cancels a generation of this or of another gateway; False where nobody knows it or it has ended."""
+        whole = self._wholes.get(request_id)
+        if whole is not None:
+            whole()
+            return True
         own = [run for run in self._runs.values() if request_id in (run.request_id, run.part_of)]
         searching = [run for run in own if run.is_finding]
         for run in searching:
@@ -147,6 +155,15 @@ class Dispatcher:
         runners = [name for name, status in self._replica.view.runners.items() if status.phase in ("ready", "draining")]
         answers = await asyncio.gather(*(self._asking.cancel(runner, request_id) for runner in runners))
         return any(answers)
+
+    @contextmanager
+    def whole(self, request_id: str, cancel: Callable[[], None]) -> Generator[None]:
+        """While the block lasts ``cancel`` ends a request whose prompts are runs of their own."""
+        self._wholes[request_id] = cancel
+        try:
+            yield
+        finally:
+            del self._wholes[request_id]
 
     def slots_of(self, model_id: str) -> int:
         """Requests for a model that are computed side by side now."""
@@ -179,7 +196,7 @@ class Dispatcher:
         """Finds a runner that accepts; ``turn`` holds the request's place among others, a resumed one keeps its own."""
         while True:
             run.raise_if_stopped()
-            if self._is_draining and run.lost is None:  # 1
+            if self._is_draining and run.lost is None and not run.is_let_in:  # 1
                 raise _draining()
             left_s = run.deadline - self._clock.now()
             if left_s <= 0:
@@ -189,8 +206,9 @@ class Dispatcher:
             fresh = [found for found in ready if run.may_try(runner_of(view, found))]
             if fresh and run.attempts < MAX_ATTEMPTS:  # 2
                 if turn is not None and not run.has_turn:
-                    wait_s = min(left_s, self._spec.load_wait_s)
-                    await turn.enter_async_context(self._queues.turn(run.generation, ready, wait_s))
+                    wait_s = left_s if run.is_let_in else min(left_s, self._spec.load_wait_s)
+                    waiting = self._queues.turn(run.generation, ready, wait_s, is_let_in=run.is_let_in)
+                    await turn.enter_async_context(waiting)
                     run.has_turn = True
                 elif await self._try(run, self._soonest(view, run, fresh), view):
                     return

@@ -62,6 +62,8 @@ class Prompts(Stoppable):
         self._is_answered = False
         self._is_behind = False
         self._is_cancelled = False
+        self._is_closed = False
+        self._first = range(0)
         self._changed = asyncio.Event()
         self._taken = asyncio.Event()
 
@@ -115,8 +117,8 @@ class Prompts(Stoppable):
             SkulkError: one was refused.
         """
         self._fill()
-        first = range(self._began)
-        while not self._accepted.issuperset(first):
+        self._first = range(self._began)
+        while not self._accepted.issuperset(self._first):
             await self._wait()
 
     async def take(self, timeout_s: float) -> list[Chunk]:
@@ -140,8 +142,14 @@ class Prompts(Stoppable):
                 return []
             await self._wait(due - now)
 
+    def cancel(self) -> None:
+        """Ends as cancelled, wherever its prompts are."""
+        self._is_cancelled = True
+        self._changed.set()
+
     async def close(self) -> None:
-        """Cancels what is under way."""
+        """Cancels what is under way; nothing begins any more."""
+        self._is_closed = True
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -153,7 +161,8 @@ class Prompts(Stoppable):
 
     def _fill(self) -> None:
         """Begins as many of the next ones as there are slots for; one in any case."""
-        while self._began < len(self._generations) and not self._is_over:
+        has_failed = self._stopped is not None or self._defect is not None
+        while self._began < len(self._generations) and not (self._is_over or self._is_closed or has_failed):
             busy = len(self._tasks) * self._n
             if busy and busy + self._n > self._dispatcher.slots_of(self._generations[0].model_id):
                 return
@@ -177,7 +186,10 @@ class Prompts(Stoppable):
     async def _answer(self, index: int) -> None:
         """One prompt, from the search for a runner to its end."""
         left_s = self._deadline - self._clock.now()
-        async with self._dispatcher.begin(self._generations[index], left_s, part_of=self.request_id) as run:
+        is_let_in = index not in self._first and bool(self._accepted)
+        async with self._dispatcher.begin(
+            self._generations[index], left_s, part_of=self.request_id, is_let_in=is_let_in
+        ) as run:
             run.is_answered, run.is_behind = self._is_answered, self._is_behind
             self._running[index] = self._last = run
             self._first_at = self._first_at or self._clock.now()
@@ -272,7 +284,8 @@ async def begin_all(
     """
     prompts = Prompts(dispatcher, generations, clock, clock.now() + timeout_s)
     try:
-        await prompts.begin()
-        yield prompts
+        with dispatcher.whole(prompts.request_id, prompts.cancel):
+            await prompts.begin()
+            yield prompts
     finally:
         await prompts.close()

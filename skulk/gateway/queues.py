@@ -81,13 +81,15 @@ class ModelQueue:
         self.window = max(1, window)
         self._call()
 
-    async def enter(self, ticket: Ticket, wait_s: float) -> None:
+    async def enter(self, ticket: Ticket, wait_s: float, *, is_let_in: bool = False) -> None:
         """Returns when it is this request's turn; then `leave` must follow.
+
+        ``is_let_in``: it belongs to one that was let in before; a full queue is no reason against it.
 
         Raises:
             UnavailableError: ``overloaded``: the queue is full, another key's turn came before, or the wait was long.
         """
-        limit = self.limit
+        limit = MOST_WAITING if is_let_in else self.limit
         entered = enter(self._turns, ticket, window=self.window, limit=limit)
         self._turns = entered.turns
         if entered.outcome == "goes":
@@ -95,11 +97,13 @@ class ModelQueue:
         if entered.outcome == "refused" or entered.displaced is not None:
             self._refused_at = self._clock.now()
         if entered.outcome == "refused":
-            raise self._overloaded(f"{limit} requests wait for this model and no more can")
+            raise self._overloaded(f"{self.waiting} requests wait for this model and no more can now")
         if entered.displaced is not None:
-            self._called.pop(entered.displaced.number).set_exception(
-                self._overloaded(f"the queue of {limit} is full and this key has more than its share of it")
-            )
+            displaced = self._called.pop(entered.displaced.number)
+            if not displaced.done():  # else it has gone away and not yet said so
+                displaced.set_exception(
+                    self._overloaded(f"the queue of {limit} is full and this key has more than its share of it")
+                )
         called = self._called[ticket.number] = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(wait_s):
@@ -166,8 +170,10 @@ class Queues:
             queue.resize(window_of(ready))
 
     @asynccontextmanager
-    async def turn(self, generation: Generation, ready: tuple[Instance, ...], wait_s: float) -> AsyncGenerator[None]:
-        """Holds a request's slots as long as the block lasts.
+    async def turn(
+        self, generation: Generation, ready: tuple[Instance, ...], wait_s: float, *, is_let_in: bool = False
+    ) -> AsyncGenerator[None]:
+        """Holds a request's slots as long as the block lasts. ``is_let_in``: see `ModelQueue.enter`.
 
         Raises:
             UnavailableError: ``overloaded``.
@@ -179,7 +185,7 @@ class Queues:
             number=next(self._numbers), key=generation.key, priority=generation.priority, weight=generation.n
         )
         try:
-            await queue.enter(ticket, wait_s)
+            await queue.enter(ticket, wait_s, is_let_in=is_let_in)
             began = self._clock.now()
             try:
                 yield

@@ -116,6 +116,7 @@ class Run(Stoppable):
     Args:
         request_id: the same over all attempts; also the command id that cancels.
         part_of: the request that this is one prompt of, by which it is cancelled too; empty: it is whole.
+        is_let_in: another prompt of that request was accepted, so neither a full queue nor a drain refuses this one.
         deadline: `Clock.now()` seconds.
         find_next: finds the next attempt after one was lost, or raises why there is none.
 
@@ -142,10 +143,13 @@ class Run(Stoppable):
         clock: Clock,
         find_next: Callable[[Run, SkulkError], Coroutine[Any, Any, None]],
         part_of: str = "",
+        *,
+        is_let_in: bool = False,
     ) -> None:
         super().__init__()
         self.request_id = request_id
         self.part_of = part_of
+        self.is_let_in = is_let_in
         self.asked = generation
         self.generation = seeded(generation)
         self.deadline = deadline

@@ -34,6 +34,8 @@ MAX_WORK: Final = 30_000
 MAX_STATES: Final = 4096
 MAX_WAYS: Final = 100_000
 """When so many states, or ways in states and nodes, have come to an automaton, another one is to begin."""
+MAX_CARRIED: Final = 300_000
+"""Ways that one answer may stand on when it goes over to another automaton: some 30 MB."""
 MAX_STATES_OF_TOKEN: Final = 4096
 
 _BYTES: Final = 256
@@ -192,9 +194,19 @@ class Automaton:
             row[_are_set(part)] = following
         self._rows_made[state] = True
 
+    @property
+    def spent(self) -> int:
+        """Ways looked at since `allow_work`."""
+        return MAX_WORK - self._work_left
+
     def adopt(self, other: Automaton, state: int) -> int:
-        """A state of another automaton of the same grammar, as one of this one. O(its nodes)."""
+        """A state of another automaton of the same grammar, as one of this one. O(its nodes).
+
+        Raises:
+            Overrun: it stands on too much.
+        """
         nodes: dict[int, int] = {}
+        carried = 0
         todo = [node for _, node in other._states[state] if node >= 0]
         while todo:
             node = todo[-1]
@@ -202,6 +214,9 @@ class Automaton:
             missing = [inner for _, inner in ways if inner >= 0 and inner not in nodes]
             if node in nodes or not missing:
                 todo.pop()
+                carried += len(ways)
+                if carried > MAX_CARRIED:
+                    raise Overrun
                 nodes.setdefault(node, self._node(frozenset((at, nodes.get(inner, -1)) for at, inner in ways)))
             else:
                 todo += missing

@@ -25,6 +25,8 @@ from skulk.errors import RequestError
 
 Allowed: TypeAlias = NDArray[np.bool_]
 
+MAX_REPLAY: Final = 1_000_000
+"""Ways looked at while an answer is followed again from its tokens: about a second."""
 _MAX_MASKS: Final = 32
 _MAX_GRAMMARS: Final = 4
 
@@ -182,9 +184,13 @@ class Follower:
         self._grammar = grammar
         self._automaton = grammar.automaton
         self._state = self._automaton.start
+        work = 0
         for count, token in enumerate(accepted):
             if not self.accepts(token):
                 raise refusal(f"token {count} of the answer that is to be gone on with, {token}, is not of the grammar")
+            work += self._automaton.spent
+            if work > MAX_REPLAY:
+                raise _too_much()
 
     def accepts(self, token: int) -> bool:
         """Goes on to this token, if it may come next.
@@ -192,8 +198,8 @@ class Follower:
         Raises:
             RequestError: ``invalid_request``: too much work.
         """
-        self._make_room()
         try:
+            self._make_room()
             state = self._grammar.after(self._automaton, self._state, token)
         except Overrun as error:
             raise _too_much() from error
@@ -208,8 +214,8 @@ class Follower:
         Raises:
             RequestError: ``invalid_request``: too much work.
         """
-        self._make_room()
         try:
+            self._make_room()
             return self._grammar.allowed(self._automaton, self._state)
         except Overrun as error:
             raise _too_much() from error

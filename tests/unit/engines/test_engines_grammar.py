@@ -316,6 +316,23 @@ class TestBounds:
                 assert follower.accepts(ord("a"))
                 assert follower.allowed()[ord("a")]
 
+    def test_what_an_answer_stands_on_is_bounded(self) -> None:
+        """Each parenthesis leaves 2,000 ways open for its end."""
+        made = grammar_of('root ::= (a?){0,2000}\na ::= "(" root ")"')
+        follower = Follower(made)
+        with pytest.raises(RequestError, match="too many ways"):
+            for _ in range(1000):
+                assert follower.accepts(ord("("))
+        assert made.automaton._ways < automaton_module.MAX_CARRIED + 2 * automaton_module.MAX_WAYS
+
+    def test_following_an_answer_again_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        made = grammar_of('root ::= ("a"? "b"?){0,500}')
+        text = [ord("a")] * 50
+        Follower(made, text)
+        monkeypatch.setattr("skulk.engines.grammar.constraint.MAX_REPLAY", 1000)
+        with pytest.raises(RequestError, match="too many ways"):
+            Follower(grammar_of('root ::= ("a"? "b"?){0,500}'), text)
+
     def test_a_long_answer_begins_new_automata_and_goes_on_as_it_was(self, monkeypatch: pytest.MonkeyPatch) -> None:
         made = grammar_of('root ::= "(" root ")" | "[" root "]" | "x"')
         text = b"([" * 2000 + b"x" + b"])" * 2000

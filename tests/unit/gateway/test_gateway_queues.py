@@ -96,3 +96,31 @@ async def test_a_refusal_says_when_to_come_again() -> None:
         await crowd.queue.enter(Ticket(number=99), 60.0)
     assert refused.value.code == "overloaded" and (refused.value.retry_after_s or 0.0) >= 1.0
     await crowd.close()
+
+
+async def test_one_that_was_let_in_before_is_not_refused() -> None:
+    crowd = Crowd(1)
+    assert await crowd.come(2 + WAITING_A_SLOT) == 1
+    part = asyncio.create_task(crowd.queue.enter(Ticket(number=99), 60.0, is_let_in=True))
+    await asyncio.sleep(0)
+    assert not part.done()
+    part.cancel()
+    await asyncio.wait({part})
+    await crowd.close()
+
+
+async def test_one_that_has_just_gone_away_can_be_displaced() -> None:
+    queue = ModelQueue(ManualClock())
+    queue.resize(1)
+    greedy = [asyncio.create_task(queue.enter(Ticket(number=number, key="a"), 60.0)) for number in range(5)]
+    await asyncio.sleep(0)
+    greedy[-1].cancel()
+    # its task hasn't run since: its ticket is still there
+    modest = asyncio.create_task(queue.enter(Ticket(number=9, key="b"), 60.0))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert not modest.done() and queue.waiting == 4
+    for task in (*greedy, modest):
+        task.cancel()
+    await asyncio.gather(*greedy, modest, return_exceptions=True)
+    assert queue.waiting == 0
