@@ -144,13 +144,12 @@ class Dispatcher:
         if whole is not None:
             whole()
             return True
-        own = [run for run in self._runs.values() if request_id in (run.request_id, run.part_of)]
-        searching = [run for run in own if run.is_finding]
-        for run in searching:
-            run.cancel_search()
-        asked = {run.runner_id for run in own if run.attempt is not None and not run.is_finding}
-        if searching or asked:
-            await asyncio.gather(*(self._asking.cancel(runner, request_id) for runner in sorted(asked)))
+        own = self._runs.get(request_id)
+        if own is not None and own.is_finding:
+            own.cancel_search()
+            return True
+        if own is not None and own.attempt is not None:
+            await self._asking.cancel(own.runner_id, request_id)
             return True
         runners = [name for name, status in self._replica.view.runners.items() if status.phase in ("ready", "draining")]
         answers = await asyncio.gather(*(self._asking.cancel(runner, request_id) for runner in runners))
