@@ -18,7 +18,11 @@ from skulk.batching.step import StepPlan
 CHUNK_UNIT: Final = 64
 """Prefill chunks are multiples of this; llama.cpp's kernels are less than half as fast below it."""
 STEP_SHARED_S: Final = 0.25
-"""Longest step while others decode: the longest gap a prompt may put between their tokens."""
+"""Longest step while others decode and little is to be prefilled: the gap that a prompt puts between their tokens."""
+STEP_CROWDED_S: Final = 0.7
+"""The same, however much is to be prefilled; with what a guess may be off it stays within a second."""
+STEPS_OF_BACKLOG: Final = 4
+"""Between the two a step may take this part of what is to be prefilled; see ADR 18."""
 STEP_ALONE_S: Final = 1.0
 """Longest step while none decodes: how long a cancel may wait."""
 IDLE_SHARE: Final = 0.03
@@ -62,7 +66,7 @@ def prefill_token_s(rate: Rate, depth: int, count: int = CHUNK_UNIT) -> float:
     """Seconds of one prompt token at ``depth`` in a chunk of ``count``; 0: nothing is known.
 
     From the nearest measured band, shallower ones first; in it the size itself, else the next smaller one, which is
-    taken to be dearer, else the next larger one.
+    taken to be somewhat dearer however much smaller it is, else the next larger one.
     """
     band = depth // DEPTH_BAND
     shallower = rate.prefill_s[: band + 1]
@@ -71,17 +75,44 @@ def prefill_token_s(rate: Rate, depth: int, count: int = CHUNK_UNIT) -> float:
     size = _size_of(count)
     for smaller in range(min(size, len(sizes) - 1), -1, -1):
         if sizes[smaller] > 0.0:
-            return sizes[smaller] * _LARGER_IS_CHEAPER ** (size - smaller)
+            return sizes[smaller] * (_LARGER_IS_CHEAPER if smaller < size else 1.0)
     return next((s for s in sizes[size + 1 :] if s > 0.0), 0.0)
 
 
-def chunk_tokens(rate: Rate, *, depth: int, others_decode: bool, n_ubatch: int) -> int:
-    """Prefill tokens of the next step: the most that end in time, in units of 64.
+def shared_step_s(backlog_s: float) -> float:
+    """Longest step while others decode, when prompts of ``backlog_s`` seconds are to be computed.
+
+    Every step computes the running sequences beside a chunk, and few of them cost as much time as many: where a crowd
+    of prompts is to be computed in small chunks, answers are drawn at a time when that is dear.
+    """
+    return min(max(STEP_SHARED_S, backlog_s / STEPS_OF_BACKLOG), STEP_CROWDED_S)
+
+
+def chunk_tokens(rate: Rate, *, depth: int, others_decode: bool, n_ubatch: int, gap: int = 0, backlog: int = 0) -> int:
+    """Prefill tokens of the next step: the most that end in time, in units of 64; or ``gap``, if so many do.
 
     One unit at least and while nothing is measured, ``n_ubatch`` at most.
+
+    Args:
+        rate: what was measured.
+        depth: of the prompt whose turn it is.
+        others_decode: whether sequences draw tokens beside it.
+        n_ubatch: the most that one pass of the engine takes.
+        gap: what that prompt still needs.
+        backlog: what all prompts that have a slot still need, that one among them.
     """
     unit = min(CHUNK_UNIT, n_ubatch)
-    room_s = STEP_SHARED_S - rate.decode_s if others_decode else STEP_ALONE_S
+    room_s = STEP_ALONE_S
+    if others_decode:
+        room_s = shared_step_s(backlog * prefill_token_s(rate, depth)) - rate.decode_s
+    chunk = _most_units(rate, depth, room_s, unit, n_ubatch)
+    if chunk < gap <= n_ubatch and 0.0 < gap * prefill_token_s(rate, depth, gap) <= room_s:
+        # Its last few tokens in a step of their own would cost the others one more gap.
+        return gap
+    return chunk
+
+
+def _most_units(rate: Rate, depth: int, room_s: float, unit: int, n_ubatch: int) -> int:
     chunk = n_ubatch // unit * unit
     while chunk > unit:
         per_token = prefill_token_s(rate, depth, chunk)

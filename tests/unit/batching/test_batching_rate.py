@@ -9,11 +9,14 @@ from skulk.batching.rate import (
     CHUNK_UNIT,
     DEPTH_BAND,
     STEP_ALONE_S,
+    STEP_CROWDED_S,
     STEP_SHARED_S,
+    STEPS_OF_BACKLOG,
     Rate,
     chunk_tokens,
     measured,
     prefill_token_s,
+    shared_step_s,
 )
 from skulk.batching.step import StepPlan, StepRow
 
@@ -34,6 +37,36 @@ def test_the_chunk_ends_in_time_alone_and_beside_others() -> None:
     assert chunk_tokens(rate, depth=0, others_decode=False, n_ubatch=2048) == 960
     assert chunk_tokens(rate, depth=0, others_decode=False, n_ubatch=512) == 512
     assert chunk_tokens(rate, depth=0, others_decode=True, n_ubatch=512) == 192
+
+
+def test_a_crowd_of_prompts_makes_longer_steps_and_a_few_do_not() -> None:
+    rate = measured(Rate(), plan_of(prefill=512), 0.512)
+    few, crowd = (int(seconds * STEPS_OF_BACKLOG / 0.001) for seconds in (STEP_SHARED_S, STEP_CROWDED_S))
+
+    def chunk(backlog: int) -> int:
+        return chunk_tokens(rate, depth=0, others_decode=True, n_ubatch=2048, backlog=backlog)
+
+    assert chunk(0) == chunk(few) == 192
+    assert chunk((few + crowd) // 2) == 448
+    assert chunk(crowd) == chunk(10**6) == 640
+
+
+def test_a_size_is_guessed_one_step_cheaper_however_far_it_is() -> None:
+    rate = measured(Rate(), plan_of(prefill=64), 0.064)
+    assert prefill_token_s(rate, 0, 64) == 0.001
+    assert prefill_token_s(rate, 0, 128) == prefill_token_s(rate, 0, 512) < 0.001
+
+
+def test_a_prompt_that_ends_in_time_is_not_cut() -> None:
+    rate = measured(Rate(), plan_of(prefill=512), 0.512)
+    for gap, expected in ((200, 200), (250, 250), (251, 192), (100, 192)):
+        assert chunk_tokens(rate, depth=0, others_decode=True, n_ubatch=512, gap=gap) == expected
+    assert chunk_tokens(rate, depth=0, others_decode=False, n_ubatch=512, gap=520) == 512
+
+
+@given(st.floats(0.0, 1e6))
+def test_a_step_beside_others_has_two_bounds(backlog_s: float) -> None:
+    assert STEP_SHARED_S <= shared_step_s(backlog_s) <= STEP_CROWDED_S < STEP_ALONE_S
 
 
 def test_what_decoding_takes_is_not_there_for_prefill() -> None:
@@ -73,17 +106,19 @@ def test_one_slow_step_moves_the_mean_but_does_not_become_it() -> None:
     st.integers(0, 5000),
     st.booleans(),
     st.sampled_from([1, 32, 64, 100, 512, 2048]),
+    st.integers(0, 3000),
+    st.integers(0, 100_000),
 )
 def test_a_chunk_is_whole_units_within_its_time(
-    per_token: float, decode_s: float, depth: int, others_decode: bool, n_ubatch: int
+    per_token: float, decode_s: float, depth: int, others_decode: bool, n_ubatch: int, gap: int, backlog: int
 ) -> None:
     rate = Rate(decode_s=decode_s, prefill_s=((per_token,),))
-    chunk = chunk_tokens(rate, depth=depth, others_decode=others_decode, n_ubatch=n_ubatch)
+    chunk = chunk_tokens(rate, depth=depth, others_decode=others_decode, n_ubatch=n_ubatch, gap=gap, backlog=backlog)
     unit = min(CHUNK_UNIT, n_ubatch)
     assert unit <= chunk <= n_ubatch
-    assert chunk % unit == 0
+    assert chunk % unit == 0 or chunk == gap
     if chunk > unit:
-        limit_s = STEP_SHARED_S if others_decode else STEP_ALONE_S
+        limit_s = shared_step_s(backlog * prefill_token_s(rate, depth)) if others_decode else STEP_ALONE_S
         assert chunk * prefill_token_s(rate, depth, chunk) + (decode_s if others_decode else 0.0) <= limit_s + 1e-9
 
 

@@ -86,17 +86,18 @@ def test_ignore_eos_goes_on_to_the_limit() -> None:
 def test_decode_rows_come_first_and_prompts_follow_in_their_order() -> None:
     budget = StepBudget(tokens=512, prefill_tokens=64)
     state, _, _ = play_step(batch(request_of("a")), saying("aaaa"), budget, 1.0)
-    for name, prompt in (("b", 100), ("c", 100)):
+    for name, prompt in (("b", 100), ("c", 20), ("d", 100)):
         state = add(state, request_of(name, prompt=prompt), VOCABULARY, 1.0).state
     plans: list[list[tuple[int, int, bool]]] = []
-    for _ in range(2):
+    for _ in range(3):
         state, plan, _ = play_step(state, saying("aaaa"), budget, 2.0)
         assert plan is not None
         plans.append([(row.slot, len(row.tokens), row.sample) for row in plan.rows])
     assert plans == [
-        [(0, 1, True), (1, 64, False)],
-        [(0, 1, True), (1, 36, True), (2, 28, False)],
-    ]
+        [(0, 1, True), (2, 20, True), (1, 44, False)],
+        [(0, 1, True), (2, 1, True), (1, 56, True)],
+        [(0, 1, True), (1, 1, True), (2, 1, True), (3, 64, False)],
+    ], "who is done doesn't wait for a part of the next prompt"
 
 
 def test_a_short_prompt_passes_a_long_one_four_times() -> None:
