@@ -58,17 +58,17 @@ def plan_step(state: BatchState, budget: StepBudget) -> StepPlan | None:
     """The next step, or None where nothing runs.
 
     Every decoding sequence gets its row; then prompts get what the budget leaves, the oldest first, each as much as it
-    can use, so that one prompt is done early instead of all late. Those behind the oldest join it only whole: the first
-    tokens of who is done needn't wait for a part of the next prompt. O(`n_parallel`).
+    can use, so that one prompt is done early instead of all late. Behind one unit of them others join only whole: the
+    first tokens of who is done needn't wait for a part of the next prompt. O(`n_parallel`).
     """
     decoding = sorted([seq for seq in state.running if seq.is_decoding], key=_slot)
     rows = [StepRow(slot=seq.slot, tokens=(seq.drawn.last,), start=seq.computed, sample=True) for seq in decoding]
     if len(rows) == len(state.running):
         return StepPlan(rows=tuple(rows)) if rows else None
-    left = min(budget.prefill_tokens, budget.tokens - len(rows))
+    room = left = min(budget.prefill_tokens, budget.tokens - len(rows))
     oldest = next(seq for seq in state.running if not seq.is_decoding)
     for seq in _prefill_order(state, left):
-        if left <= 0 or (seq.gap > left and seq is not oldest):
+        if left <= 0 or (seq.gap > left and seq is not oldest and room - left >= CHUNK_UNIT):
             break
         count = min(seq.gap, left)
         left -= count

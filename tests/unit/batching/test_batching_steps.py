@@ -86,18 +86,35 @@ def test_ignore_eos_goes_on_to_the_limit() -> None:
 def test_decode_rows_come_first_and_prompts_follow_in_their_order() -> None:
     budget = StepBudget(tokens=512, prefill_tokens=64)
     state, _, _ = play_step(batch(request_of("a")), saying("aaaa"), budget, 1.0)
-    for name, prompt in (("b", 100), ("c", 20), ("d", 100)):
+    for name, prompt in (("b", 100), ("c", 100)):
         state = add(state, request_of(name, prompt=prompt), VOCABULARY, 1.0).state
     plans: list[list[tuple[int, int, bool]]] = []
-    for _ in range(3):
+    for _ in range(2):
         state, plan, _ = play_step(state, saying("aaaa"), budget, 2.0)
         assert plan is not None
         plans.append([(row.slot, len(row.tokens), row.sample) for row in plan.rows])
     assert plans == [
-        [(0, 1, True), (2, 20, True), (1, 44, False)],
-        [(0, 1, True), (2, 1, True), (1, 56, True)],
-        [(0, 1, True), (1, 1, True), (2, 1, True), (3, 64, False)],
-    ], "who is done doesn't wait for a part of the next prompt"
+        [(0, 1, True), (1, 64, False)],
+        [(0, 1, True), (1, 36, True), (2, 28, False)],
+    ]
+
+
+def test_who_is_done_does_not_wait_for_a_part_of_the_next_prompt() -> None:
+    state = batch()
+    for name, prompt in (("a", 100), ("b", 20), ("c", 100), ("d", 20)):
+        state = add(state, request_of(name, prompt=prompt), VOCABULARY, 1.0).state
+    plan = play_step(state, saying("aaaa"), StepBudget(tokens=512, prefill_tokens=150), 1.0)[1]
+    assert plan is not None
+    assert [(row.slot, len(row.tokens), row.sample) for row in plan.rows] == [(0, 100, True), (1, 20, True)]
+
+
+def test_the_oldest_prompt_gets_what_those_that_pass_it_leave() -> None:
+    state = batch()
+    for name, prompt in (("long", 400), ("short", 80)):
+        state = add(state, request_of(name, prompt=prompt), VOCABULARY, 1.0).state
+    plan = play_step(state, saying("aaaa"), StepBudget(tokens=512, prefill_tokens=128), 1.0)[1]
+    assert plan is not None
+    assert [(row.slot, len(row.tokens), row.sample) for row in plan.rows] == [(1, 80, True), (0, 48, False)]
 
 
 def test_a_short_prompt_passes_a_long_one_four_times() -> None:
