@@ -32,6 +32,7 @@ from skulk.wire.runner import EXIT_FAILED, EXIT_SPEC, RunnerSpec
 
 NICENESS: Final = 5
 CONNECT_S: Final = 10.0
+PARENT_LOOK_S: Final = 0.1
 
 log = logging.getLogger(__name__)
 
@@ -123,9 +124,11 @@ async def serve(spec: RunnerSpec, parent: int) -> int:
 async def _follow_parent(runner: Runner, parent: int) -> None:
     await parent_gone()
     runner.stop()
-    if os.getppid() != parent:
-        log.warning("the node that started this runner is gone: stopping at once")
-        runner.stop()
+    # A process that dies closes its pipes before its children get another parent; and it may die during the drain.
+    while os.getppid() == parent:  # noqa: ASYNC110 - the kernel tells nobody
+        await asyncio.sleep(PARENT_LOOK_S)
+    log.warning("the node that started this runner is gone: stopping at once")
+    runner.stop()
 
 
 def _announce_ready(info: EngineInfo) -> None:

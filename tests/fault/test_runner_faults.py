@@ -28,7 +28,9 @@ child = subprocess.Popen([sys.executable, "-m", "skulk.runner"], stdin=subproces
 child.stdin.write(sys.stdin.buffer.readline())
 child.stdin.flush()
 print(child.pid, flush=True)
-time.sleep(600)
+sys.stdin.readline()
+child.stdin.close()
+time.sleep(0.5)
 """
 
 
@@ -105,7 +107,8 @@ async def test_a_hanging_step_shows_as_age_and_cannot_hold_a_stop(server: NatsSe
         assert (await asyncio.wait_for(child.exited, 30.0)).returncode == 0
 
 
-async def test_a_dead_parent_takes_its_runner_with_it(server: NatsServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dies", ["at once", "during the drain"])
+async def test_a_dead_parent_takes_its_runner_with_it(server: NatsServer, tmp_path: Path, dies: str) -> None:
     """Without the kernel's help (a plain parent, no supervision): the end of stdin is enough, even in a stream."""
     line = encode(fake_spec(tmp_path, server, FakeOptions(step_s=0.05, answer_tokens=900)))
     parent = subprocess.Popen(  # noqa: ASYNC220 - the child watcher of asyncio would reap what others look at
@@ -125,7 +128,11 @@ async def test_a_dead_parent_takes_its_runner_with_it(server: NatsServer, tmp_pa
             await gateway.statuses.until(lambda status: status.phase == "ready")
             stream = await gateway.generate(generate_of())
             await stream.read(lambda stream: len(stream.tokens) >= 2)
-            parent.kill()
+            if dies == "at once":
+                parent.kill()
+            else:
+                parent.stdin.write(b"\n")
+                parent.stdin.flush()
             parent.wait()
             assert await asyncio.to_thread(await_gone, runner)
             assert (await stream.finish()).error_code == "draining"
