@@ -30,16 +30,16 @@ def budget_for(state: BatchState, rate: Rate) -> StepBudget:
 
     `skulk.batching.schedule` has seen to it that one chunk of that prompt has its cells.
     """
-    head = next((seq for seq in state.running if not seq.is_decoding), None)
-    if head is None:
+    prompts = _prompts(state)
+    if not prompts:
         return StepBudget(tokens=state.shape.n_batch, prefill_tokens=0)
     prefill = chunk_tokens(
         rate,
-        depth=head.computed,
-        others_decode=any(seq.is_decoding for seq in state.running),
+        depth=prompts[0].computed,
+        others_decode=len(prompts) < len(state.running),
         n_ubatch=state.shape.n_ubatch,
-        gap=head.gap,
-        backlog=sum(seq.gap for seq in state.running if not seq.is_decoding),
+        gap=prompts[0].gap,
+        backlog=sum(seq.gap for seq in prompts),
     )
     if state.shape.is_unified:
         prefill = _within_cells(state, prefill)
@@ -66,9 +66,9 @@ def plan_step(state: BatchState, budget: StepBudget) -> StepPlan | None:
     if len(rows) == len(state.running):
         return StepPlan(rows=tuple(rows)) if rows else None
     room = left = min(budget.prefill_tokens, budget.tokens - len(rows))
-    oldest = next(seq for seq in state.running if not seq.is_decoding)
-    for seq in _prefill_order(state, left):
-        if left <= 0 or (seq.gap > left and seq is not oldest and room - left >= CHUNK_UNIT):
+    prompts = _prompts(state)
+    for seq in _prefill_order(prompts, left):
+        if left <= 0 or (seq.gap > left and seq is not prompts[0] and room - left >= CHUNK_UNIT):
             break
         count = min(seq.gap, left)
         left -= count
@@ -91,10 +91,14 @@ def passed_slots(state: BatchState, plan: StepPlan) -> frozenset[int]:
     return frozenset(passed)
 
 
-def _prefill_order(state: BatchState, budget: int) -> list[Sequence]:
-    """Prompts in their order; while the oldest is too long for the step, those behind it that fit it go first."""
-    prompts = [seq for seq in state.running if not seq.is_decoding]
-    if not prompts or prompts[0].gap <= budget:
+def _prompts(state: BatchState) -> list[Sequence]:
+    """What is to be prefilled, the oldest first."""
+    return [seq for seq in state.running if not seq.is_decoding]
+
+
+def _prefill_order(prompts: list[Sequence], budget: int) -> list[Sequence]:
+    """Prompts, the oldest first; while that one is too long for the step, those behind it that fit it go before it."""
+    if prompts[0].gap <= budget:
         return prompts
     ahead: list[Sequence] = []
     behind: list[Sequence] = []

@@ -16,7 +16,7 @@ import msgspec
 from skulk.batching.step import StepPlan
 
 CHUNK_UNIT: Final = 64
-"""Prefill chunks are multiples of this; llama.cpp's kernels are less than half as fast below it."""
+"""Prefill chunks are multiples of this, or a prompt's whole rest; below it llama.cpp is less than half as fast."""
 STEP_SHARED_S: Final = 0.25
 """Longest step while others decode and little is to be prefilled: the gap that a prompt puts between their tokens."""
 STEP_CROWDED_S: Final = 0.7

@@ -164,6 +164,18 @@ async def test_one_that_fails_later_ends_the_stream_with_its_error_once(gateway:
     assert (whole.status, whole.error["code"]) == (400, "context_length_exceeded")
 
 
+def held_until_let(runner: FakeRunner) -> asyncio.Event:
+    """Has the runner answer nobody before the event is set, and then as `named` does."""
+    let = asyncio.Event()
+
+    async def wait(_runner: FakeRunner, writer: StreamWriter) -> None:
+        await let.wait()
+        await named(_runner, writer)
+
+    runner.script = wait
+    return let
+
+
 async def test_one_id_cancels_them_all_and_begins_no_more(gateway: Gateway) -> None:
     runner = await gateway.serve_model()
     runner.script = hold
@@ -185,13 +197,7 @@ async def test_one_id_cancels_them_all_and_begins_no_more(gateway: Gateway) -> N
 
 async def test_one_id_cancels_them_while_none_is_at_a_runner(gateway: Gateway) -> None:
     runner = await gateway.serve_model()
-    let = asyncio.Event()
-
-    async def wait(_runner: FakeRunner, writer: StreamWriter) -> None:
-        await let.wait()
-        await named(_runner, writer)
-
-    runner.script = wait
+    let = held_until_let(runner)
     body = msgspec.json.encode(body_of(*map(str, range(2 * SLOTS)), stream=True))
     async with gateway.client.post("/v1/completions", data=body) as response, asyncio.timeout(WAIT_S):
         command_id = (await response.content.readline()).decode().split()[-1]
@@ -208,13 +214,7 @@ async def test_one_id_cancels_them_while_none_is_at_a_runner(gateway: Gateway) -
 
 async def test_who_was_let_in_is_not_refused_for_a_full_queue_later(gateway: Gateway) -> None:
     runner = await gateway.serve_model()
-    let = asyncio.Event()
-
-    async def wait(_runner: FakeRunner, writer: StreamWriter) -> None:
-        await let.wait()
-        await named(_runner, writer)
-
-    runner.script = wait
+    let = held_until_let(runner)
     many = asyncio.create_task(complete(gateway, *map(str, range(3 * SLOTS))))
     await asked(runner, SLOTS)
     others = [asyncio.create_task(gateway.chat()) for _ in range(30)]
