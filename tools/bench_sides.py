@@ -38,10 +38,11 @@ import msgspec
 ROOT: Final = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from skulk.batching.rate import MAX_RUN  # noqa: E402
 from skulk.batching.requests import BatchRequest, Emitted, Ended, RequestKey  # noqa: E402
 from skulk.batching.step import StepPlan, StepResult  # noqa: E402
 from skulk.clock import Clock, SystemClock  # noqa: E402
-from skulk.engines.protocol import Engine, EngineInfo, LoadSpec, Progress  # noqa: E402
+from skulk.engines.protocol import Engine, EngineInfo, GoOn, LoadSpec, Progress, always  # noqa: E402
 from skulk.engines.registry import loader_for  # noqa: E402
 from skulk.node.processes import environment_of  # noqa: E402
 from skulk.runner.engine_thread import EngineThread  # noqa: E402
@@ -116,8 +117,10 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def lead(self) -> int:
-        """The most tokens that the first sequence draws while the others' prompts are computed, a chunk a step."""
-        return self.sequences * -(-self.prompt // CHUNK)
+        """The most tokens beside those counted: of the first sequence while the others' prompts are computed, a chunk
+        a step, and of a run that goes beyond the last counted one.
+        """
+        return self.sequences * -(-self.prompt // CHUNK) + MAX_RUN
 
     @property
     def window(self) -> int:
@@ -137,7 +140,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Mark(msgspec.Struct, frozen=True):
-    """A report's time (s) with the requests that got a token in it and those that ended."""
+    """A report's time (s) with the requests that got tokens in it, once for each token, and those that ended."""
 
     at_s: float
     drawn: tuple[str, ...]
@@ -170,10 +173,10 @@ class TimedEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def run(self, plan: StepPlan, go_on: GoOn = always) -> StepResult:
         """See `Engine.run`."""
         start = self._clock.now()
-        result = self._engine.run(plan)
+        result = self._engine.run(plan, go_on)
         return msgspec.structs.replace(result, elapsed_s=self._clock.now() - start)
 
 
@@ -185,7 +188,7 @@ class Decoded(NamedTuple):
 
 
 def decoded(marks: Sequence[Mark], names: Sequence[str], steps: int) -> Decoded:
-    """What the first ``steps`` steps gave after every sequence had its first token.
+    """What the first ``steps`` steps gave after every sequence had its first token; somewhat more where they ran on.
 
     Raises:
         BenchError: a sequence drew nothing, or one ended before that many steps.
@@ -200,10 +203,14 @@ def decoded(marks: Sequence[Mark], names: Sequence[str], steps: int) -> Decoded:
         start += 1
     if left:
         raise BenchError(f"no token came of {', '.join(sorted(left))}")
-    counted = marks[start : start + steps]
-    if len(counted) < steps or any(mark.ended for mark in [*marks[:start], *counted[:-1]]):
+    tokens = 0
+    stop = start
+    while tokens < steps * len(names) and stop < len(marks):
+        tokens += len(marks[stop].drawn)
+        stop += 1
+    counted = marks[start:stop]
+    if tokens < steps * len(names) or any(mark.ended for mark in [*marks[:start], *counted[:-1]]):
         raise BenchError("a sequence ended before all of them decoded; generate more tokens")
-    tokens = sum(len(mark.drawn) for mark in counted)
     spent_s = counted[-1].at_s - marks[start - 1].at_s
     return Decoded(tokens / spent_s, sum(before.values()) / len(names))
 
@@ -284,7 +291,7 @@ class Ours:
     def wave(self, names: Sequence[str], max_tokens: int, steps: int = 0) -> tuple[float, list[Mark]]:
         """All requests at once; gives the time (s) of their start, and what was reported until the last one ended.
 
-        With ``steps`` only until so many steps followed on the one in which the last of them drew its first token.
+        With ``steps`` only until each drew so many tokens after the step in which the last of them drew its first.
         """
         # The thread waits at the end of a request of one token until all of the wave are there.
         self._open.clear()
@@ -317,17 +324,18 @@ class Ours:
         left, mute = set(names), set(names)
         marks: list[Mark] = []
         followed = 0
-        while left and not (steps and followed >= steps):
+        while left and not (steps and followed >= steps * len(names)):
             at_s, report = self._next()
             if not isinstance(report, Stepped):
                 continue
-            drawn = tuple(output.key.request_id for output in report.outputs if isinstance(output, Emitted))
+            emitted = [output for output in report.outputs if isinstance(output, Emitted)]
+            drawn = tuple(output.key.request_id for output in emitted for _ in output.tokens)
             ends = [output for output in report.outputs if isinstance(output, Ended)]
             for output in ends:
                 if output.end.error is not None:
                     raise BenchError(f"our engine ended {output.key.request_id}: {output.end.error.detail}")
             ended = tuple(output.key.request_id for output in ends)
-            followed += bool(drawn) and not mute
+            followed += 0 if mute else len(drawn)
             mute -= set(drawn)
             left -= set(ended)
             if drawn or ended:

@@ -18,7 +18,7 @@ from skulk.wire.generation import FinishReason
 
 
 def apply(state: BatchState, plan: StepPlan, result: StepResult, vocabulary: Vocabulary, now: float) -> Changed:
-    """The batch after ``plan`` was run on it.
+    """The batch after ``plan`` was run on it, once or several times.
 
     Tokens are counted as computed, drawn ones turned into text, ended choices leave their slots, and requests of which
     a choice can't go on end. O(`n_parallel`).
@@ -36,7 +36,7 @@ def apply(state: BatchState, plan: StepPlan, result: StepResult, vocabulary: Voc
             running.append(msgspec.structs.replace(sequence, **changes) if changes else sequence)
             continue
         if state.shape.is_unified:
-            changes["cells"] = grown(sequence.cells, len(row.tokens), next_id)
+            changes["cells"] = grown(sequence.cells, computed_of(row, result), next_id)
             next_id += 1
         after, finish_reason = _advance(sequence, row, result, vocabulary, now, changes, outputs)
         running.append(after)
@@ -71,19 +71,26 @@ def _advance(
     assert row.start == sequence.computed, (
         f"slot {row.slot}: planned from {row.start}, computed are {sequence.computed}"
     )
-    changes["computed"] = computed = row.start + len(row.tokens)
+    changes["computed"] = computed = row.start + computed_of(row, result)
     key = sequence.request.key
     if not row.sample:
         outputs.append(Progressed(key=key, phase="prefill", processed=computed, total=sequence.known))
         return msgspec.structs.replace(sequence, **changes), None
-    assert computed == sequence.known, f"slot {row.slot}: drew at {computed} of {sequence.known} tokens"
+    assert row.start + len(row.tokens) == sequence.known, f"slot {row.slot} drew before {sequence.known} tokens"
     if not sequence.is_decoding:
         outputs.append(Progressed(key=key, phase="decode", processed=computed, total=computed))
         if sequence.first_at == 0.0:
             changes["first_at"] = now
-    if row.slot in result.failed:
+    tokens = result.sampled.get(row.slot, ())
+    if not tokens:
         return msgspec.structs.replace(sequence, **changes), None
-    token = result.sampled[row.slot]
-    sequence, text, finish_reason = draw(sequence, token, vocabulary, **changes)
-    outputs.append(Emitted(key=key, choice=sequence.choice, text=text, tokens=(token,), finish_reason=finish_reason))
-    return sequence, finish_reason
+    assert len(tokens) + (row.slot in result.failed) == result.steps, f"slot {row.slot} drew {len(tokens)} tokens"
+    after, text, finish_reason = draw(sequence, tokens, vocabulary, **changes)
+    assert after.known == sequence.known + len(tokens), f"slot {row.slot} was computed beyond its end"
+    outputs.append(Emitted(key=key, choice=after.choice, text=text, tokens=tokens, finish_reason=finish_reason))
+    return after, finish_reason
+
+
+def computed_of(row: StepRow, result: StepResult) -> int:
+    """How many tokens of its sequence a row has computed: its own, and one in each further step."""
+    return len(row.tokens) + result.steps - 1

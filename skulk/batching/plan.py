@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-from skulk.batching.rate import CHUNK_UNIT, Rate, chunk_tokens
+from skulk.batching.rate import CHUNK_UNIT, Rate, chunk_tokens, run_steps
 from skulk.batching.requests import Sequence
 from skulk.batching.state import BatchState, used_cells
 from skulk.batching.step import StepPlan, StepRow
@@ -19,10 +19,11 @@ MAX_PASSED: Final = 4
 
 
 class StepBudget(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of one step: of all rows, and of prefill rows among them."""
+    """Tokens of one step: of all rows, and of prefill rows among them. ``steps``: of a run, where there are none."""
 
     tokens: int
     prefill_tokens: int
+    steps: int = 1
 
 
 def budget_for(state: BatchState, rate: Rate) -> StepBudget:
@@ -32,7 +33,7 @@ def budget_for(state: BatchState, rate: Rate) -> StepBudget:
     """
     prompts = _prompts(state)
     if not prompts:
-        return StepBudget(tokens=state.shape.n_batch, prefill_tokens=0)
+        return StepBudget(tokens=state.shape.n_batch, prefill_tokens=0, steps=_steps(state, rate))
     prefill = chunk_tokens(
         rate,
         depth=prompts[0].computed,
@@ -44,6 +45,22 @@ def budget_for(state: BatchState, rate: Rate) -> StepBudget:
     if state.shape.is_unified:
         prefill = _within_cells(state, prefill)
     return StepBudget(tokens=state.shape.n_batch, prefill_tokens=prefill)
+
+
+def _steps(state: BatchState, rate: Rate) -> int:
+    """The steps of a run in which nothing has to happen between two of them, but that an end token ends it.
+
+    None goes beyond a limit of tokens, a position to be kept, or the cells. A stop string is found in the text alone.
+    """
+    steps = run_steps(rate)
+    for seq in state.running:
+        if seq.request.stop or seq.marks:
+            return 1
+        steps = min(steps, seq.may_need)
+    if steps > 1 and state.running and state.shape.is_unified:
+        free = state.shape.kv_cells - used_cells(state.running, state.idle)
+        steps = min(steps, free // len(state.running))
+    return max(1, steps)
 
 
 def _within_cells(state: BatchState, prefill: int) -> int:
@@ -64,7 +81,7 @@ def plan_step(state: BatchState, budget: StepBudget) -> StepPlan | None:
     decoding = sorted([seq for seq in state.running if seq.is_decoding], key=_slot)
     rows = [StepRow(slot=seq.slot, tokens=(seq.drawn.last,), start=seq.computed, sample=True) for seq in decoding]
     if len(rows) == len(state.running):
-        return StepPlan(rows=tuple(rows)) if rows else None
+        return StepPlan(rows=tuple(rows), steps=budget.steps) if rows else None
     room = left = min(budget.prefill_tokens, budget.tokens - len(rows))
     prompts = _prompts(state)
     for seq in _prefill_order(prompts, left):

@@ -25,6 +25,10 @@ STEPS_OF_BACKLOG: Final = 4
 """Between the two a step may take this part of what is to be prefilled; see ADR 18."""
 STEP_ALONE_S: Final = 1.0
 """Longest step while none decodes: how long a cancel may wait."""
+RUN_S: Final = 0.05
+"""Longest run of decode steps: for how long a drawn token may wait for the others of its run; see ADR 19."""
+MAX_RUN: Final = 16
+"""The most steps of a run: what comes between two runs is then a small part of what it was."""
 IDLE_SHARE: Final = 0.03
 """How much of a decode step idle cells may cost the running sequences."""
 DEPTH_BAND: Final = 512
@@ -42,7 +46,7 @@ class Rate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def measured(rate: Rate, plan: StepPlan, elapsed_s: float) -> Rate:
-    """The rate after a step that took ``elapsed_s``.
+    """The rate after a step of ``plan`` that took ``elapsed_s``.
 
     Chunks below `CHUNK_UNIT` teach nothing about larger ones and are left out.
     """
@@ -110,6 +114,11 @@ def chunk_tokens(rate: Rate, *, depth: int, others_decode: bool, n_ubatch: int, 
         # Its last few tokens in a step of their own would cost the others one more gap.
         return gap
     return chunk
+
+
+def run_steps(rate: Rate) -> int:
+    """How many decode steps may follow one another before their tokens are told; 1 while nothing is measured."""
+    return max(1, min(int(RUN_S / rate.decode_s), MAX_RUN)) if rate.decode_s > 0.0 else 1
 
 
 def _most_units(rate: Rate, depth: int, room_s: float, unit: int, n_ubatch: int) -> int:

@@ -12,11 +12,10 @@ from collections.abc import Callable
 
 import msgspec
 
-from skulk.batching.answer import Vocabulary, draw
+from skulk.batching.answer import Drawn, Vocabulary, draw
 from skulk.batching.operations import End, Forget, Keep, Operation
 from skulk.batching.requests import LANE_WIDTH, BatchRequest, Emitted, Ended, Output, RequestKey, Sequence
 from skulk.batching.state import MIN_REUSE, BatchState, Changed, Idle
-from skulk.batching.tokens import TokenLog
 from skulk.wire.base import ErrorBody
 from skulk.wire.generation import FinishReason, ResumedChoice, StreamEnd, Timings, Usage
 
@@ -164,15 +163,7 @@ def _rate(tokens: int, elapsed_s: float) -> float:
     return round(tokens / elapsed_s, 3) if elapsed_s > 0.0 else 0.0
 
 
-def _replayed(
-    request: BatchRequest, choice: int, begun: ResumedChoice, vocabulary: Vocabulary
-) -> tuple[Sequence, str, FinishReason | None]:
+def _replayed(request: BatchRequest, choice: int, begun: ResumedChoice, vocabulary: Vocabulary) -> Drawn:
     """The sequence after its emitted ids, the text of them that wasn't sent, and why it had ended, if it had."""
-    sequence = Sequence(request=request, choice=choice, drawn=TokenLog(), skip=begun.sent_characters)
-    parts: list[str] = []
-    for token in begun.emitted_tokens:
-        sequence, text, finish_reason = draw(sequence, token, vocabulary)
-        parts.append(text)
-        if finish_reason is not None:
-            return sequence, "".join(parts), finish_reason
-    return sequence, "".join(parts), None
+    sequence = Sequence(request=request, choice=choice, skip=begun.sent_characters)
+    return draw(sequence, begun.emitted_tokens, vocabulary)

@@ -24,9 +24,14 @@ class StepRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What one step computes: decode rows first, then prefill rows; each slot at most once."""
+    """What one step computes: decode rows first, then prefill rows; each slot at most once.
+
+    ``steps``: as many may follow one another in a run, each on the tokens that the one before drew; more than 1 only
+    where every row is a single token that samples.
+    """
 
     rows: tuple[StepRow, ...]
+    steps: int = 1
 
     @property
     def token_count(self) -> int:
@@ -34,14 +39,21 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What a step gave.
+    """What a step gave, or a run of them.
 
     Attributes:
-        sampled: the drawn token of each slot that was to draw.
-        failed: of those, the ones in which nothing can be drawn any more, and why; they are not in ``sampled``.
+        sampled: the drawn tokens of each slot that was to draw, one a step.
+        failed: of those, the ones in which nothing can be drawn any more, and why; they lack the last step's token.
+        steps: how many there were, at least 1; none follows one that drew an end token, or in which a slot failed.
         elapsed_s: how long it took, seconds.
     """
 
-    sampled: dict[int, int]
+    sampled: dict[int, tuple[int, ...]]
     failed: dict[int, ErrorBody] = {}
+    steps: int = 1
     elapsed_s: float
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of one step of it."""
+        return self.elapsed_s / self.steps

@@ -32,12 +32,14 @@ class TokenLog(msgspec.Struct, frozen=True, kw_only=True):
         full = len(ids) // BLOCK * BLOCK
         return cls(blocks=tuple(ids[at : at + BLOCK] for at in range(0, full, BLOCK)), tail=ids[full:], count=len(ids))
 
-    def append(self, token: int) -> TokenLog:
-        """The log with one id more; O(`BLOCK`)."""
-        tail = (*self.tail, token)
+    def extended(self, tokens: tuple[int, ...]) -> TokenLog:
+        """The log with these ids behind the others; O(`BLOCK` + ids)."""
+        tail = self.tail + tokens
+        count = self.count + len(tokens)
         if len(tail) < BLOCK:
-            return TokenLog(blocks=self.blocks, tail=tail, count=self.count + 1)
-        return TokenLog(blocks=(*self.blocks, tail), count=self.count + 1)
+            return TokenLog(blocks=self.blocks, tail=tail, count=count)
+        more = TokenLog.of(tail)
+        return TokenLog(blocks=self.blocks + more.blocks, tail=more.tail, count=count)
 
     def slice(self, start: int, stop: int) -> tuple[int, ...]:
         """The ids from ``start`` up to ``stop``; touches only the blocks that hold them."""

@@ -12,15 +12,15 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, assert_never
 
 import msgspec
 
-from skulk.batching.step import StepPlan, StepResult
+from skulk.batching.step import StepPlan, StepResult, StepRow
 from skulk.engines.canary import Recital
-from skulk.engines.protocol import EngineInfo, LoadCancelled, LoadSpec, Progress
+from skulk.engines.protocol import EngineInfo, GoOn, LoadCancelled, LoadSpec, Progress, always
 from skulk.errors import RequestError, ServiceError
 from skulk.wire.embedding import EmbedInput, RankPair
 from skulk.wire.generation import ChatPrompt, InfillPrompt, Prompt, Sampling, TextPrompt, TokenPrompt
@@ -120,8 +120,19 @@ class FakeEngine:
         is_greedy = sampling.temperature == 0
         self._salts[slot] = "" if is_greedy else f"{sampling.seed if sampling.seed is not None else ''} {choice}"
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def run(self, plan: StepPlan, go_on: GoOn = always) -> StepResult:
         started = time.perf_counter()
+        sampled = self._step(plan)
+        drawn = {slot: (token,) for slot, token in sampled.items()}
+        steps = 1
+        while steps < plan.steps and END not in sampled.values() and go_on():
+            plan = following(plan, sampled)
+            sampled = self._step(plan)
+            drawn = {slot: (*drawn[slot], token) for slot, token in sampled.items()}
+            steps += 1
+        return StepResult(sampled=drawn, steps=steps, elapsed_s=time.perf_counter() - started)
+
+    def _step(self, plan: StepPlan) -> dict[int, int]:
         self._steps += 1
         self._misbehave()
         pause = self._options.step_s + self._options.token_s * plan.token_count
@@ -136,7 +147,7 @@ class FakeEngine:
             tokens.extend(row.tokens)
             if row.sample:
                 sampled[row.slot] = next_token(tokens, self._salts[row.slot], self._options.answer_tokens)
-        return StepResult(sampled=sampled, elapsed_s=time.perf_counter() - started)
+        return sampled
 
     def _misbehave(self) -> None:
         options = self._options
@@ -237,6 +248,15 @@ class FakeEngine:
         self._tokens.clear()
         self._salts.clear()
         self._parked.clear()
+
+
+def following(plan: StepPlan, sampled: Mapping[int, int]) -> StepPlan:
+    """The next step of a run: each row's drawn token."""
+    rows = tuple(
+        StepRow(slot=row.slot, tokens=(sampled[row.slot],), start=row.start + len(row.tokens), sample=True)
+        for row in plan.rows
+    )
+    return StepPlan(rows=rows, steps=plan.steps)
 
 
 def answer_of(prompt: Sequence[int], salt: str, length: int) -> bytes:

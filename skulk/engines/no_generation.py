@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from skulk.batching.step import StepPlan, StepResult
 from skulk.engines.canary import Recital
+from skulk.engines.protocol import GoOn, always
 from skulk.wire.generation import Prompt, Sampling
 
 
@@ -38,8 +39,8 @@ class NoGeneration:
         del slot, sampling, history, drawn, choice, parked
         _never()
 
-    def run(self, plan: StepPlan) -> StepResult:
-        del plan
+    def run(self, plan: StepPlan, go_on: GoOn = always) -> StepResult:
+        del plan, go_on
         _never()
 
     def end(self, slot: int, *, parked: int = 0) -> None:

@@ -3,7 +3,7 @@
 load(spec, progress) -> Engine
 engine.check(sampling), tokens_of(prompt)     any thread
 engine.begin(slot, sampling, ...)             engine thread, as are all below
-engine.run(plan) -> result                    the only call that takes long
+engine.run(plan, go_on) -> result             the only call that takes long
 engine.end(slot)                              nothing is drawn there any more; its cells stay
 engine.keep, share, move, park, restore       cells, between steps (`skulk.batching.operations`)
 engine.close()
@@ -100,6 +100,15 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     embedding_size: int = 0
 
 
+GoOn = Callable[[], bool]
+"""Whether another step of a run may follow at once."""
+
+
+def always() -> bool:
+    """A `GoOn` for runs that nothing cuts short."""
+    return True
+
+
 class Engine(Protocol):
     """A loaded model."""
 
@@ -153,8 +162,12 @@ class Engine(Protocol):
         """
         ...
 
-    def run(self, plan: StepPlan) -> StepResult:
-        """Computes one step. A slot in which nothing can be drawn is told in the result.
+    def run(self, plan: StepPlan, go_on: GoOn = always) -> StepResult:
+        """Computes one step, or a run of them. A slot in which nothing can be drawn is told in the result.
+
+        Args:
+            plan: ``plan.steps`` steps at most; an engine may always make fewer.
+            go_on: asked between two steps whether another one may follow.
 
         Raises:
             ServiceError: ``runner_failed``: the engine can't go on; the process should end.

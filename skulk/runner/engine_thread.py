@@ -7,7 +7,7 @@
     3. deadlines that have passed       end those requests
     4. slots, cells, parked states      schedule, and have the engine do what that takes
     5. nothing runs                     wait for a command
-    6. else                             plan a step, run it, fold its result, report
+    6. else                             plan a step, run it, fold its result, report; where all decode, several steps
 
 Batch state and engine belong to this thread alone. Both ways between the threads are bounded: the event loop adds only
 what `check_room` allowed and ends each request at most once; the thread is at most `REPORTS_AHEAD` reports ahead.
@@ -25,7 +25,7 @@ from skulk.batching.admission import BatchShape
 from skulk.batching.apply import apply
 from skulk.batching.operations import Begin, End, Forget, Keep, Move, Park, Restore, Share
 from skulk.batching.plan import budget_for, plan_step
-from skulk.batching.rate import Rate, idle_limit, measured
+from skulk.batching.rate import RUN_S, Rate, idle_limit, measured
 from skulk.batching.requests import Output, RequestKey
 from skulk.batching.schedule import schedule
 from skulk.batching.slots import add, end_all, end_request, expire
@@ -97,6 +97,7 @@ class EngineThread:
         self._told_progress = -1.0
         self._told_held: tuple[int, ...] = ()
         self._is_held_old = False
+        self._run_until = 0.0
         # A daemon: a native call that never returns must not keep the process.
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
@@ -212,10 +213,15 @@ class EngineThread:
                     # A long step must not hold back what is known before it.
                     self._report(Stepped(tuple(outputs), self._held_news()))
                     outputs = []
-                result = engine.run(plan)
-                rate = measured(rate, plan, result.elapsed_s)
+                self._run_until = self._clock.now() + RUN_S
+                result = engine.run(plan, self._may_go_on)
+                rate = measured(rate, plan, result.step_s)
                 self._fold(engine, apply(self._state, plan, result, engine, self._clock.now()), outputs)
             self._report(Stepped(tuple(outputs), self._held_news()))
+
+    def _may_go_on(self) -> bool:
+        """Whether another step of a run may follow: nobody waits for this thread, and the drawn tokens aren't old."""
+        return not (self._commands or self._stopping) and self._clock.now() < self._run_until
 
     def _held_news(self) -> tuple[int, ...] | None:
         """The digests of what can be taken over, where they aren't those that were told last."""

@@ -258,10 +258,10 @@ def test_another_runner_goes_on_as_the_first_would_have(engine: LlamaCppEngine, 
     for cut in (1, 7, 16):
         known = (*prompt, *whole[:cut])
         engine.begin(1, held, known, drawn=cut)
-        resumed = [engine.run(StepPlan(rows=(StepRow(slot=1, tokens=known, start=0, sample=True),))).sampled[1]]
+        resumed = [engine.run(StepPlan(rows=(StepRow(slot=1, tokens=known, start=0, sample=True),))).sampled[1][0]]
         while len(resumed) < len(whole) - cut:
             row = StepRow(slot=1, tokens=(resumed[-1],), start=len(known) + len(resumed) - 1, sample=True)
-            resumed.append(engine.run(StepPlan(rows=(row,))).sampled[1])
+            resumed.append(engine.run(StepPlan(rows=(row,))).sampled[1][0])
         engine.end(1)
         engine.keep(1, 0)
         assert resumed == whole[cut:], cut
@@ -271,12 +271,13 @@ def test_a_sampler_that_was_set_aside_goes_on(engine: LlamaCppEngine) -> None:
     held = Sampling(temperature=0.0, grammar='root ::= "abc" [0-9]{9}')
     prompt = prompt_of(engine, "Hi")
     engine.begin(0, held, prompt)
-    first = engine.run(StepPlan(rows=(StepRow(slot=0, tokens=prompt, start=0, sample=True),))).sampled[0]
+    first = engine.run(StepPlan(rows=(StepRow(slot=0, tokens=prompt, start=0, sample=True),))).sampled[0][0]
     chain = engine._chains[0]
     engine.end(0, parked=7)
     engine.begin(0, held, (*prompt, first), drawn=1, parked=7)
     assert engine._chains[0] is chain
-    second = engine.run(StepPlan(rows=(StepRow(slot=0, tokens=(first,), start=len(prompt), sample=True),))).sampled[0]
+    row = StepRow(slot=0, tokens=(first,), start=len(prompt), sample=True)
+    second = engine.run(StepPlan(rows=(row,))).sampled[0][0]
     assert re.match(rb"a(b(c\d*)?)?$", engine.piece(first) + engine.piece(second))
     engine.end(0)
     engine.keep(0, 0)

@@ -94,6 +94,24 @@ def test_slots_in_one_batch_answer_as_alone(exact: LlamaCppEngine) -> None:
     assert [stepper.tokens[slot][: len(tokens)] for slot, tokens in enumerate(alone)] == alone
 
 
+def test_a_run_draws_what_its_steps_draw(exact: LlamaCppEngine) -> None:
+    """Three slots with samplings of their own; one of them comes to its end in the second run."""
+    samplings = (GREEDY, Sampling(temperature=1.0, top_k=40, seed=3), Sampling(temperature=0.8, seed=4))
+    prompts = [exact.tokens_of(chat(question)) for question in QUESTIONS]
+    stepper = Stepper(exact)
+    runner = Stepper(exact)
+    for one in (stepper, runner):
+        for slot, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
+            one.begin(slot, prompt, sampling)
+        one.step()
+        while not any(exact.is_end(tokens[-1]) for tokens in one.tokens.values()) and len(one.tokens[0]) < 60:
+            one.step(7 if one is runner else 1)
+        for slot in range(3):
+            one.end(slot)
+    assert runner.tokens == stepper.tokens
+    assert len(runner.tokens[0]) > 8
+
+
 def test_a_slot_that_ended_is_empty(exact: LlamaCppEngine) -> None:
     """What was in a slot before leaves no trace; its neighbours stay."""
     first, second, third = (exact.tokens_of(chat(question)) for question in QUESTIONS)
@@ -122,7 +140,7 @@ def test_chunks_of_a_prompt_give_the_same_beginning(exact: LlamaCppEngine) -> No
     result = exact.run(StepPlan(rows=(StepRow(slot=0, tokens=prompt[-5:], start=len(prompt) - 5, sample=True),)))
     exact.end(0)
     exact.keep(0, 0)
-    assert result.sampled[0] == expected[0]
+    assert result.sampled[0] == (expected[0],)
 
 
 def test_a_step_of_more_than_a_batch_takes_several_calls() -> None:

@@ -109,7 +109,7 @@ def play_step(
     plan = plan_step(started.state, budget)
     if plan is None:
         return started.state, None, started.outputs
-    sampled = {row.slot: draw(started.state, row) for row in plan.rows if row.sample}
+    sampled = {row.slot: (draw(started.state, row),) for row in plan.rows if row.sample}
     changed = apply(started.state, plan, StepResult(sampled=sampled, elapsed_s=0.01), VOCABULARY, now)
     return changed.state, plan, (*started.outputs, *changed.outputs)
 

@@ -13,6 +13,7 @@ from skulk.batching.admission import BatchShape
 from skulk.batching.operations import Begin, End, Forget, Keep, Move, Operation, Park, Restore, Share
 from skulk.batching.state import BatchState
 from skulk.batching.step import StepPlan, StepResult
+from skulk.engines.fake import following
 
 WORDS = 200
 
@@ -91,6 +92,15 @@ class CellEngine:
         assert count == length or self.shape.reuse == "cut", "a state of this kind can't be cut"
 
     def run(self, plan: StepPlan) -> StepResult:
+        drawn: dict[int, tuple[int, ...]] = {}
+        for _ in range(plan.steps):
+            sampled = self._step(plan)
+            drawn = {slot: (*drawn.get(slot, ()), token) for slot, token in sampled.items()}
+            if plan.steps > 1:
+                plan = following(plan, sampled)
+        return StepResult(sampled=drawn, steps=plan.steps, elapsed_s=0.01)
+
+    def _step(self, plan: StepPlan) -> dict[int, int]:
         sampled: dict[int, int] = {}
         for row in plan.rows:
             assert row.slot in self.drawing
@@ -106,7 +116,7 @@ class CellEngine:
         else:
             slots = sorted({row.slot for row in plan.rows} | set(self.drawing))
             assert slots == list(range(slots[0], slots[0] + len(slots))), "a hole between running streams"
-        return StepResult(sampled=sampled, elapsed_s=0.01)
+        return sampled
 
     def check(self, state: BatchState) -> None:
         """What the batch believes is what is here."""

@@ -66,6 +66,7 @@ class EnginePlay:
         computed: tokens that the engine computed.
         most_cells: of a unified cache, in use at once.
         idle_limit: see `schedule`.
+        runs: whether a step may be a run of several.
     """
 
     def __init__(self, engine: LlamaCppEngine, *, reuse: Reuse | None = None, park_bytes: int = PARK_BYTES) -> None:
@@ -83,6 +84,7 @@ class EnginePlay:
         self.most_cells = 0
         self.now = 0.0
         self.idle_limit: int | None = None
+        self.runs = False
 
     def add(self, *requests: BatchRequest) -> EnginePlay:
         for request in requests:
@@ -95,10 +97,11 @@ class EnginePlay:
     def step(self) -> None:
         self.now += 1.0
         self._fold(schedule(self.state, self.now, idle_limit=self.idle_limit))
-        plan = plan_step(self.state, budget_for(self.state, FAST))
+        budget = budget_for(self.state, FAST)
+        plan = plan_step(self.state, budget if self.runs else msgspec.structs.replace(budget, steps=1))
         assert plan is not None, "something is open and nothing runs"
         result = self._run(plan)
-        self.computed += plan.token_count
+        self.computed += plan.token_count + (result.steps - 1) * len(plan.rows)
         self._fold(apply(self.state, plan, result, self.engine, self.now))
 
     def play(self) -> EnginePlay:
@@ -131,7 +134,7 @@ class EnginePlay:
         engine = self.engine
         fill, decode = engine._batch.fill, engine._decode
         outputs: dict[int, int] = {}
-        seen: dict[int, NDArray[np.float32]] = {}
+        seen: dict[int, list[NDArray[np.float32]]] = {}
 
         def filled(rows: tuple[StepRow, ...]) -> dict[int, int]:
             outputs.clear()
@@ -140,14 +143,15 @@ class EnginePlay:
 
         def decoded() -> None:
             decode()
-            seen.update({slot: logits_of(engine, index) for slot, index in outputs.items()})
+            for slot, index in outputs.items():
+                seen.setdefault(slot, []).append(logits_of(engine, index))
 
         with patch.object(engine._batch, "fill", filled), patch.object(engine, "_decode", decoded):
             result = engine.run(plan)
         for seq in self.state.running:
             if seq.slot in seen:
-                name = (seq.request.key.request_id, seq.choice)
-                self.drawn.setdefault(name, []).append(_drawn(result.sampled[seq.slot], seen[seq.slot]))
+                drawn = self.drawn.setdefault((seq.request.key.request_id, seq.choice), [])
+                drawn += map(_drawn, result.sampled[seq.slot], seen[seq.slot])
         return result
 
     def _fold(self, changed: Changed) -> None:

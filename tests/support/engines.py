@@ -51,19 +51,20 @@ class Stepper:
         self._next[slot] = tuple(prompt)
         self._position[slot] = 0
 
-    def step(self) -> None:
-        """One step of all open slots: decode rows first."""
+    def step(self, steps: int = 1) -> None:
+        """One step of all open slots: decode rows first. Or a run of so many, at most."""
         order = sorted(self._next, key=lambda slot: (len(self._next[slot]) > 1, slot))
         rows = tuple(
             StepRow(slot=slot, tokens=self._next[slot], start=self._position[slot], sample=True) for slot in order
         )
-        result = self.engine.run(StepPlan(rows=rows))
+        result = self.engine.run(StepPlan(rows=rows, steps=steps))
         assert set(result.sampled) == set(order) and result.elapsed_s > 0
         for row in rows:
-            token = result.sampled[row.slot]
-            self._position[row.slot] += len(row.tokens)
-            self._next[row.slot] = (token,)
-            self.tokens[row.slot].append(token)
+            tokens = result.sampled[row.slot]
+            assert len(tokens) == result.steps <= steps
+            self._position[row.slot] += len(row.tokens) + result.steps - 1
+            self._next[row.slot] = tokens[-1:]
+            self.tokens[row.slot] += tokens
 
     def end(self, slot: int) -> None:
         self.engine.end(slot)

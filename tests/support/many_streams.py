@@ -21,6 +21,7 @@ def compare_streams(
     requests = [asked(str(at), words[31 * at : 32 * at + shortest], max_tokens) for at in range(STREAMS)]
     assert len({one.prompt[0] for one in requests}) > 1
     played = EnginePlay(engine).add(*requests)
+    played.runs = True
     most = 0
     while not played.state.is_idle:
         played.step()

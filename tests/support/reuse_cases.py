@@ -197,6 +197,7 @@ class Cases:
         draw = random.Random(seed)
         play = EnginePlay(self.engine, park_bytes=draw.choice((0, self._bytes_of(200), PARK_BYTES)))
         play.idle_limit = draw.choice((None, 0, 150))
+        play.runs = draw.choice((False, True))
         requests = {name: self._any_request(draw, name) for name in "abcdefgh"}
         comes = {name: draw.randrange(40) for name in requests}
         goes = {name: comes[name] + draw.randrange(40) for name in draw.sample(sorted(requests), 2)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -66,6 +66,12 @@ class Batch:
                 sampled[row.slot] = end - 1
         self._native.n_tokens = end
         return sampled
+
+    def go_on(self, tokens: Iterable[int]) -> None:
+        """Of single rows that all sample: the same batch, one position further, with these tokens."""
+        for at, token in enumerate(tokens):
+            self._token_at[at] = token
+            self._position_at[at] += 1
 
     def fill_whole(self, inputs: Sequence[Sequence[int]]) -> None:
         """Writes whole texts, each into the slot of its place, all of their tokens as outputs."""

@@ -168,7 +168,7 @@ class SamplerChain:
 
     def _drawn(self, row: Logits, position: int, key: int) -> int:
         settled = self._settled
-        candidates = Candidates(row, _checked(float(row.max())), scratch=self._workbench.drawer.scratch)
+        candidates = Candidates(row, float(row[_greedy(row)]), scratch=self._workbench.drawer.scratch)
         if self._mirostat is not None:
             temperature = np.float32(settled.temperature)
             warmed = Candidates(row / temperature, float(np.float32(candidates.peak) / temperature))
@@ -222,17 +222,13 @@ def _dry_of(dry: SettledDry, history: Sequence[int], workbench: Workbench) -> Dr
 
 
 def _greedy(row: Logits) -> int:
+    """The first of the greatest logits, if it is a number: of NaN among them numpy makes the greatest."""
     best = int(row.argmax())
-    _checked(float(row[best]))
-    return best
-
-
-def _checked(peak: float) -> float:
-    """The greatest logit, if it is a number; of NaN among them numpy makes the greatest."""
+    peak = float(row[best])
     if not math.isfinite(peak):
         raise NoNumbers(
             "runner_failed",
             f"the model's scores of the next token are no numbers (the greatest is {peak}): its weights are damaged, "
             "or this backend computes them wrongly. Verify the file, or place the model on another backend.",
         )
-    return peak
+    return best

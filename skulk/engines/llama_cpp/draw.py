@@ -62,9 +62,9 @@ def pick(weights: NDArray[np.float32], u: float) -> int:
 
 
 def _passed(sums: NDArray[np.float64], target: float) -> int:
-    index = int(np.searchsorted(sums, target, side="right"))
+    index = int(sums.searchsorted(target, side="right"))
     # Rounding may leave the target at the very end: then the last index that added something.
-    return index if index < sums.size else int(np.searchsorted(sums, float(sums[-1])))
+    return index if index < sums.size else int(sums.searchsorted(float(sums[-1])))
 
 
 class Drawer:

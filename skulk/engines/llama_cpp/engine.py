@@ -33,7 +33,7 @@ from skulk.engines.llama_cpp.prompt import Prompter
 from skulk.engines.llama_cpp.sampling import settle
 from skulk.engines.llama_cpp.threads import waited_s
 from skulk.engines.llama_cpp.vocabulary import Vocabulary
-from skulk.engines.protocol import EngineInfo
+from skulk.engines.protocol import EngineInfo, GoOn, always
 from skulk.errors import RequestError, ServiceError
 from skulk.wire.base import ErrorBody
 from skulk.wire.embedding import EmbedInput
@@ -196,24 +196,66 @@ class LlamaCppEngine:
         assert count > 0
         self._lib.llama_set_n_threads(self._handle(), count, count)
 
-    def run(self, plan: StepPlan) -> StepResult:
-        """See `Engine.run`. A step takes one native call or several; see `calls_of`."""
+    def run(self, plan: StepPlan, go_on: GoOn = always) -> StepResult:
+        """See `Engine.run`. A step takes one native call or several, a run one a step; see `calls_of`."""
         started = time.perf_counter()
         self._check(plan)
-        sampled: dict[int, int] = {}
+        drawn: dict[int, list[int]] = {}
         failed: dict[int, ErrorBody] = {}
-        for rows in calls_of(plan.rows, self._layout):
+        steps = 1
+        calls = calls_of(plan.rows, self._layout)
+        for rows in calls:
             outputs = self._batch.fill(rows)
             self._decode()
-            ends = {row.slot: row.start + len(row.tokens) for row in rows}
-            for slot, index in outputs.items():
-                try:
-                    sampled[slot] = self._chains[slot].sample(self._handle(), index, ends[slot])
-                except RequestError as error:
-                    failed[slot] = ErrorBody.of(error)
+            self._sample(outputs, {row.slot: row.start + len(row.tokens) for row in rows}, drawn, failed)
+        if plan.steps > 1 and len(calls) == 1:
+            steps += self._run_on(calls[0], plan.steps - 1, go_on, drawn, failed)
         for row in plan.rows:
-            self._memory.computed(row.slot, len(row.tokens))
-        return StepResult(sampled=sampled, failed=failed, elapsed_s=time.perf_counter() - started)
+            self._memory.computed(row.slot, len(row.tokens) + steps - 1)
+        return StepResult(
+            sampled={slot: tuple(tokens) for slot, tokens in drawn.items()},
+            failed=failed,
+            steps=steps,
+            elapsed_s=time.perf_counter() - started,
+        )
+
+    def _run_on(
+        self,
+        rows: Sequence[StepRow],
+        most: int,
+        go_on: GoOn,
+        drawn: dict[int, list[int]],
+        failed: dict[int, ErrorBody],
+    ) -> int:
+        """Further steps of single rows, on what the last one drew; gives their number."""
+        is_end = self._vocabulary.is_end
+        outputs = {row.slot: at for at, row in enumerate(rows)}
+        ends = {row.slot: row.start + len(row.tokens) for row in rows}
+        for steps in range(most):
+            tokens = [drawn[slot][-1] for slot in outputs if slot not in failed]
+            if failed or any(map(is_end, tokens)) or not go_on():
+                return steps
+            self._batch.go_on(tokens)
+            self._decode()
+            ends = {slot: end + 1 for slot, end in ends.items()}
+            self._sample(outputs, ends, drawn, failed)
+        return most
+
+    def _sample(
+        self,
+        outputs: dict[int, int],
+        ends: dict[int, int],
+        drawn: dict[int, list[int]],
+        failed: dict[int, ErrorBody],
+    ) -> None:
+        """Draws for each slot of ``outputs`` from its row of the last call."""
+        for slot, index in outputs.items():
+            try:
+                token = self._chains[slot].sample(self._handle(), index, ends[slot])
+            except RequestError as error:
+                failed[slot] = ErrorBody.of(error)
+            else:
+                drawn.setdefault(slot, []).append(token)
 
     def _check(self, plan: StepPlan) -> None:
         """The planner's promises; native code would compute nonsense, or abort, on broken ones."""
@@ -282,7 +324,7 @@ class LlamaCppEngine:
         """Computes so many tokens in the empty slot 0; gives the token drawn after them."""
         token = self._vocabulary.bos if self._vocabulary.bos is not None else 0
         row = StepRow(slot=0, tokens=(token,) * count, start=0, sample=True)
-        return self.run(StepPlan(rows=(row,))).sampled[0]
+        return self.run(StepPlan(rows=(row,))).sampled[0][-1]
 
     def _timed_steps(self, token: int) -> float:
         """Decodes on in slot 0 while its window lasts; the median time of a step, 0 where it has no room for one."""
@@ -290,7 +332,7 @@ class LlamaCppEngine:
         times: list[float] = []
         for position in range(start, min(start + _TIMED_STEPS, self._info.n_ctx)):
             drawn = self.run(StepPlan(rows=(StepRow(slot=0, tokens=(token,), start=position, sample=True),)))
-            token = drawn.sampled[0]
+            token = drawn.sampled[0][-1]
             times.append(drawn.elapsed_s)
         return statistics.median(times) if times else 0.0
 
@@ -312,7 +354,7 @@ class LlamaCppEngine:
                 else:
                     waited = waited_s()
                 margins.append(self._margin())
-                token = result.sampled[0]
+                token = result.sampled[0][-1]
                 at = len(tokens)
                 if self.is_end(token) and at >= len(follow):
                     break

@@ -38,7 +38,7 @@ class Batch:
         plan = plan_step(self.state, budget_for(self.state, FAST))
         if plan is None:
             return False
-        drawn = StepResult(sampled={row.slot: 65 for row in plan.rows if row.sample}, elapsed_s=0.01)
+        drawn = StepResult(sampled={row.slot: (65,) for row in plan.rows if row.sample}, elapsed_s=0.01)
         self.state = apply(self.state, plan, drawn, VOCABULARY, self.now).state
         return True
 

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from skulk.batching.rate import (
     CHUNK_UNIT,
     DEPTH_BAND,
+    MAX_RUN,
+    RUN_S,
     STEP_ALONE_S,
     STEP_CROWDED_S,
     STEP_SHARED_S,
@@ -16,6 +18,7 @@ from skulk.batching.rate import (
     chunk_tokens,
     measured,
     prefill_token_s,
+    run_steps,
     shared_step_s,
 )
 from skulk.batching.step import StepPlan, StepRow
@@ -37,6 +40,14 @@ def test_the_chunk_ends_in_time_alone_and_beside_others() -> None:
     assert chunk_tokens(rate, depth=0, others_decode=False, n_ubatch=2048) == 960
     assert chunk_tokens(rate, depth=0, others_decode=False, n_ubatch=512) == 512
     assert chunk_tokens(rate, depth=0, others_decode=True, n_ubatch=512) == 192
+
+
+def test_quick_steps_follow_one_another_in_runs() -> None:
+    assert run_steps(Rate()) == 1, "nothing is known"
+    assert run_steps(Rate(decode_s=RUN_S / 2)) == 2
+    assert run_steps(Rate(decode_s=RUN_S / 1.9)) == 1
+    assert run_steps(Rate(decode_s=3.0)) == 1
+    assert run_steps(Rate(decode_s=1e-9)) == MAX_RUN
 
 
 def test_a_crowd_of_prompts_makes_longer_steps_and_a_few_do_not() -> None:

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from skulk.batching.apply import apply
 from skulk.batching.operations import Begin, End, Keep
 from skulk.batching.plan import MAX_PASSED, StepBudget, budget_for, plan_step
-from skulk.batching.rate import Rate
+from skulk.batching.rate import MAX_RUN, Rate
 from skulk.batching.requests import BatchRequest, Emitted, Ended, Output, Progressed
 from skulk.batching.schedule import schedule
 from skulk.batching.slots import add, end_all, end_request, expire
 from skulk.batching.state import BatchState
-from skulk.batching.step import StepResult, StepRow
+from skulk.batching.step import StepPlan, StepResult, StepRow
 from skulk.wire.base import ErrorBody
 from skulk.wire.generation import ResumedChoice, Timings, Usage
 from tests.support.batches import (
@@ -215,7 +215,7 @@ def test_a_choice_in_which_nothing_can_be_drawn_ends_its_request_alone() -> None
     assert plan is not None
     slots = [row.slot for row in plan.rows]
     error = ErrorBody(code="invalid_request", detail="no token", retryable=False, param="grammar")
-    result = StepResult(sampled=dict.fromkeys(slots[1:], 65), failed={slots[0]: error}, elapsed_s=0.1)
+    result = StepResult(sampled=dict.fromkeys(slots[1:], (65,)), failed={slots[0]: error}, elapsed_s=0.1)
     changed = apply(state, plan, result, VOCABULARY, 2.0)
     end = ends_of(list(changed.outputs))["a"][0].end
     assert (end.reason, end.error) == ("error", error)
@@ -223,6 +223,86 @@ def test_a_choice_in_which_nothing_can_be_drawn_ends_its_request_alone() -> None
     assert {operation.slot for operation in changed.operations if isinstance(operation, End)} == set(slots[:2])
     outputs = play(changed.state, saying("xyz"))
     assert [one.end.reason for one in ends_of(outputs)["b"]] == ["stop"]
+
+
+QUICK = Rate(decode_s=0.001, prefill_s=((0.001,),))
+
+
+def decoding(*requests: BatchRequest, **shape: int) -> BatchState:
+    """Each request after its first token, an ``x``."""
+    state = batch(*requests, **shape)
+    while not state.running or any(not seq.is_decoding for seq in state.running):
+        budget = StepBudget(tokens=state.shape.n_batch, prefill_tokens=64)
+        state, _, _ = play_step(state, saying("x", end=False), budget, 1.0)
+    return state
+
+
+def run_of(state: BatchState) -> StepPlan:
+    plan = plan_step(state, budget_for(state, QUICK))
+    assert plan is not None
+    return plan
+
+
+def test_a_run_stops_before_anything_has_to_happen() -> None:
+    assert run_of(decoding(request_of("a", max_tokens=500), request_of("b", max_tokens=500))).steps == MAX_RUN
+    assert run_of(decoding(request_of("a", max_tokens=500), request_of("b", max_tokens=6))).steps == 5
+    assert run_of(decoding(request_of("a", max_tokens=500, stop=("zz",)))).steps == 1, "a stop string is seen in text"
+    state = decoding(request_of("a", max_tokens=500))
+    assert run_of(add(state, request_of("b", prompt=90), VOCABULARY, 2.0).state).steps == MAX_RUN, "it waits for a slot"
+    beside = schedule(add(state, request_of("b", prompt=90), VOCABULARY, 2.0).state, 2.0).state
+    assert run_of(beside).steps == 1, "a prompt goes on step by step"
+    marked = msgspec.structs.replace(state.running[0], marks=(20,))
+    assert run_of(msgspec.structs.replace(state, running=(marked,))).steps == 1, "its state is to be kept there"
+
+
+def test_a_run_stays_within_the_cells() -> None:
+    state = decoding(request_of("a", max_tokens=90), request_of("b", max_tokens=90), n_ctx=96, kv_cells=140)
+    for _ in range(60):
+        state, _, _ = play_step(state, saying("x", end=False), StepBudget(tokens=512, prefill_tokens=0), 2.0)
+    used = sum(seq.computed for seq in state.running)
+    assert run_of(state).steps == (140 - used) // 2 == 7
+
+
+def test_a_run_is_folded_as_its_steps_are() -> None:
+    state = decoding(request_of("a", max_tokens=9), request_of("b", max_tokens=3))
+    slots = {seq.request.key.request_id: seq.slot for seq in state.running}
+    plan = msgspec.structs.replace(run_of(state), steps=2)
+    cut = "é".encode()
+    drawn = {slots["a"]: tuple(cut), slots["b"]: (66, 67)}
+    whole = apply(state, plan, StepResult(sampled=drawn, steps=2, elapsed_s=0.1), VOCABULARY, 2.0)
+    told: list[Output] = []
+    for at in range(2):
+        budget = StepBudget(tokens=512, prefill_tokens=0)
+        state, _, outputs = play_step(state, lambda _, row, at=at: drawn[row.slot][at], budget, 2.0)
+        told += outputs
+    assert whole.state == state
+    assert [seq.computed for seq in state.running] == [5]
+    for name in "ab":
+        assert text_of(list(whole.outputs), name) == text_of(told, name)
+    assert ends_of(list(whole.outputs)) == ends_of(told)
+    assert [one.tokens for one in whole.outputs if isinstance(one, Emitted)] == [tuple(cut), (66, 67)]
+
+
+def test_a_failure_within_a_run_loses_no_token_before_it() -> None:
+    state = decoding(request_of("a", max_tokens=9), request_of("b", max_tokens=9))
+    slots = {seq.request.key.request_id: seq.slot for seq in state.running}
+    error = ErrorBody(code="invalid_request", detail="no token", retryable=False, param="grammar")
+    drawn = {slots["a"]: (65, 66), slots["b"]: (67, 68, 69)}
+    result = StepResult(sampled=drawn, failed={slots["a"]: error}, steps=3, elapsed_s=0.1)
+    changed = apply(state, msgspec.structs.replace(run_of(state), steps=3), result, VOCABULARY, 2.0)
+    outputs = list(changed.outputs)
+    assert (text_of(outputs), text_of(outputs, "b")) == ("AB", "CDE")
+    [end] = ends_of(outputs)["a"]
+    assert (end.end.reason, end.end.usage) == ("error", Usage(prompt_tokens=3, completion_tokens=3))
+    [left] = changed.state.running
+    assert (left.computed, left.known) == (6, 7)
+
+
+def test_a_run_beyond_an_end_is_a_defect() -> None:
+    state = decoding(request_of("a", max_tokens=9))
+    result = StepResult(sampled={0: (END_TOKEN, 65)}, steps=2, elapsed_s=0.1)
+    with pytest.raises(AssertionError):
+        apply(state, run_of(state), result, VOCABULARY, 2.0)
 
 
 def test_a_plan_for_another_position_is_a_defect() -> None:

@@ -106,12 +106,12 @@ def test_without_stops_nothing_is_held() -> None:
     assert scan((), "", "text") == ("text", "", False)
 
 
-@given(st.integers(0, 3 * BLOCK), st.integers(0, 40), st.data())
-def test_a_token_log_is_a_list(start: int, more: int, data: st.DataObject) -> None:
-    ids = list(range(start + more))
+@given(st.integers(0, 3 * BLOCK), st.lists(st.integers(0, 40) | st.integers(0, 2 * BLOCK), max_size=9), st.data())
+def test_a_token_log_is_a_list(start: int, more: list[int], data: st.DataObject) -> None:
+    ids = list(range(start + sum(more)))
     log = TokenLog.of(ids[:start])
-    for token in ids[start:]:
-        log = log.append(token)
+    for count in more:
+        log = log.extended(tuple(ids[log.count : log.count + count]))
     assert log == TokenLog.of(ids)
     assert len(log) == len(ids)
     assert all(len(block) == BLOCK for block in log.blocks)

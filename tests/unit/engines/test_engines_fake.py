@@ -39,7 +39,7 @@ def answer(one: Engine, prompt: tuple[int, ...], sampling: Sampling = GREEDY, sl
     while True:
         result = one.run(StepPlan(rows=(StepRow(slot=slot, tokens=tokens, start=start, sample=True),)))
         start += len(tokens)
-        token = result.sampled[slot]
+        [token] = result.sampled[slot]
         if one.is_end(token):
             one.end(slot)
             one.keep(slot, 0)
@@ -107,7 +107,25 @@ def test_chunks_do_not_change_the_answer(tmp_path: Path) -> None:
     one.begin(0, GREEDY, prompt)
     one.run(StepPlan(rows=(StepRow(slot=0, tokens=prompt[:5], start=0, sample=False),)))
     result = one.run(StepPlan(rows=(StepRow(slot=0, tokens=prompt[5:], start=5, sample=True),)))
-    assert one.piece(result.sampled[0]) == answer(one, prompt, slot=1)[:1]
+    assert one.piece(result.sampled[0][0]) == answer(one, prompt, slot=1)[:1]
+
+
+def test_a_run_gives_what_its_steps_give(tmp_path: Path) -> None:
+    one = engine(tmp_path, answer_tokens=6)
+    prompt = one.tokens_of(TextPrompt(text="run"))
+    expected = answer(one, prompt)
+    one.begin(0, GREEDY, prompt)
+    [first] = one.run(StepPlan(rows=(StepRow(slot=0, tokens=prompt, start=0, sample=True),))).sampled[0]
+    row = StepRow(slot=0, tokens=(first,), start=len(prompt), sample=True)
+    two = one.run(StepPlan(rows=(row,), steps=2))
+    assert (two.steps, bytes((first, *two.sampled[0]))) == (2, expected[:3])
+    last = StepRow(slot=0, tokens=(two.sampled[0][-1],), start=len(prompt) + 2, sample=True)
+    asked: list[int] = []
+    alone = one.run(StepPlan(rows=(last,), steps=9), lambda: bool(asked.append(1)))
+    assert (alone.steps, len(asked)) == (1, 1)
+    row = StepRow(slot=0, tokens=alone.sampled[0], start=len(prompt) + 3, sample=True)
+    rest = one.run(StepPlan(rows=(row,), steps=9))
+    assert (rest.steps, rest.sampled[0]) == (3, (*expected[4:], END)), "the end token ends the run"
 
 
 def test_time_is_the_callers(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -11,9 +12,11 @@ from typing import Any, cast
 import msgspec
 import pytest
 
+from skulk.batching.rate import MAX_RUN, RUN_S
+from skulk.batching.step import StepPlan, StepResult
 from skulk.bus.subjects import GATEWAY_BEAT, RUNNER_RETIRE
 from skulk.engines.fake import FakeOptions
-from skulk.engines.protocol import Engine
+from skulk.engines.protocol import Engine, GoOn, always
 from skulk.errors import RequestError, ServiceError, UnavailableError
 from skulk.wire.beats import GatewayBeat
 from skulk.wire.generation import (
@@ -73,8 +76,40 @@ def broken(engine: Engine) -> Engine:
     return cast("Engine", BrokenTokenizer(engine))
 
 
+class SingleSteps(Wrapped):
+    """Makes one step where several may be made."""
+
+    def run(self, plan: StepPlan, go_on: GoOn = always) -> StepResult:
+        del go_on
+        return self._engine.run(msgspec.structs.replace(plan, steps=1))
+
+
+class AskedToGoOn(Wrapped):
+    """In its first run it asks for ten seconds whether it may go on, and keeps the answers."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self.answers: list[bool] = []
+
+    def run(self, plan: StepPlan, go_on: GoOn = always) -> StepResult:
+        while plan.steps > 1 and len(self.answers) < 10_000 and all(self.answers[-1:]):
+            self.answers.append(go_on())
+            time.sleep(0.001)
+        return self._engine.run(plan, go_on)
+
+
+def single_steps(engine: Engine) -> Engine:
+    return cast("Engine", SingleSteps(engine))
+
+
+def asked_into(engines: list[AskedToGoOn], engine: Engine) -> Engine:
+    engines.append(AskedToGoOn(engine))
+    return cast("Engine", engines[0])
+
+
 async def test_a_request_is_streamed_token_by_token_to_its_one_end(tmp_path: Path) -> None:
-    async with runner_world(tmp_path) as world:
+    """Where steps are long; quick ones follow one another in runs."""
+    async with runner_world(tmp_path, wrap=single_steps) as world:
         stream = await world.generate(generate_of())
         assert (stream.accepted.prompt_tokens, stream.accepted.queued) == (6, 0)
         await stream.finish()
@@ -86,6 +121,40 @@ async def test_a_request_is_streamed_token_by_token_to_its_one_end(tmp_path: Pat
         assert stream.end.usage == Usage(prompt_tokens=6, completion_tokens=49)
         assert stream.end.timings is not None
         assert stream.end.timings.decode_s > 0.0
+
+
+async def test_the_tokens_of_a_run_come_together(tmp_path: Path) -> None:
+    async with runner_world(tmp_path) as world:
+        stream = await world.generate(generate_of())
+        await stream.finish()
+        assert stream.text() == fake_answer()
+        assert stream.tokens == [*fake_answer().encode(), 256]
+        counts = [len(chunk.tokens) for chunk in stream.chunks]
+        assert counts[0] == 1, "the first token waits for no other"
+        assert MAX_RUN in counts
+        assert [chunk.finish_reason for chunk in stream.chunks[-2:]] == ["stop", None]
+
+
+@pytest.mark.parametrize("why", ["a cancel", "another request", "its tokens are old"])
+async def test_what_ends_a_run(tmp_path: Path, why: str) -> None:
+    engines: list[AskedToGoOn] = []
+    clock = ManualClock()
+    async with runner_world(tmp_path, clock=clock, wrap=lambda engine: asked_into(engines, engine)) as world:
+        stream = await world.generate(generate_of())
+        [engine] = engines
+        async with asyncio.timeout(10.0):
+            while len(engine.answers) < 20:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        assert all(engine.answers)
+        if why == "a cancel":
+            await world.cancel("r1")
+        elif why == "another request":
+            await world.generate(generate_of("r2"))
+        else:
+            clock.time += RUN_S
+        await stream.finish()
+        assert stream.end.reason == ("cancelled" if why == "a cancel" else "stop")
+        assert not engine.answers[-1], "the run would have gone on"
 
 
 async def test_many_at_once_each_get_their_own_answer(tmp_path: Path) -> None:
