@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from skulk.engines.llama_cpp import filters
 from skulk.engines.llama_cpp.chain import SamplerChain
-from skulk.engines.llama_cpp.draw import uniforms
+from skulk.engines.llama_cpp.draw import uniform
 from skulk.engines.llama_cpp.engine import LlamaCppEngine
 from skulk.engines.llama_cpp.filters import Candidates, Logits
 from skulk.engines.llama_cpp.mirostat import Mirostat
@@ -223,10 +223,10 @@ class TestMirostat:
                 after[native.apply(second)[1]] += 1
             native.close()
             mirostat = Mirostat(version, 4.0, 0.5)
-            token = mirostat.draw(row_of(first), uniforms(seed, 0).first)
+            token = mirostat.draw(row_of(first), uniform(seed, 0))
             ours[token] += 1
             if token == best:
-                ours_after[mirostat.draw(row_of(second), uniforms(seed, 1).first)] += 1
+                ours_after[mirostat.draw(row_of(second), uniform(seed, 1))] += 1
         self._alike(drawn, ours)
         self._alike(after, ours_after)
 
@@ -253,7 +253,7 @@ class TestMirostat:
         dull = np.array([50.0, 0.0, 0.0], dtype=np.float32)
         mirostat = Mirostat(2, 5.0, 0.1)
         for turn in range(3):
-            assert mirostat.draw(row_of(dull), uniforms(1, turn).first) == 0
+            assert mirostat.draw(row_of(dull), uniform(1, turn)) == 0
         assert mirostat.mu == pytest.approx(10 + 3 * 0.5)
 
 

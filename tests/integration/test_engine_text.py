@@ -95,7 +95,7 @@ def test_slots_in_one_batch_answer_as_alone(exact: LlamaCppEngine) -> None:
 
 
 def test_a_run_draws_what_its_steps_draw(exact: LlamaCppEngine) -> None:
-    """Three slots with samplings of their own; one of them comes to its end in the second run."""
+    """Three slots with samplings of their own, up to 60 tokens or the first end."""
     samplings = (GREEDY, Sampling(temperature=1.0, top_k=40, seed=3), Sampling(temperature=0.8, seed=4))
     prompts = [exact.tokens_of(chat(question)) for question in QUESTIONS]
     stepper = Stepper(exact)
@@ -104,8 +104,8 @@ def test_a_run_draws_what_its_steps_draw(exact: LlamaCppEngine) -> None:
         for slot, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
             one.begin(slot, prompt, sampling)
         one.step()
-        while not any(exact.is_end(tokens[-1]) for tokens in one.tokens.values()) and len(one.tokens[0]) < 60:
-            one.step(7 if one is runner else 1)
+        while (left := 60 - len(one.tokens[0])) and not any(exact.is_end(tokens[-1]) for tokens in one.tokens.values()):
+            one.step(min(7, left) if one is runner else 1)
         for slot in range(3):
             one.end(slot)
     assert runner.tokens == stepper.tokens

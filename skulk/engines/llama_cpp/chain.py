@@ -26,7 +26,7 @@ from skulk.engines.grammar.constraint import Allowed, Follower
 from skulk.engines.grammar.reader import refusal
 from skulk.engines.llama_cpp import filters
 from skulk.engines.llama_cpp.breakers import BreakerIndex, Breakers
-from skulk.engines.llama_cpp.draw import TURN_XTC, Drawer, uniforms
+from skulk.engines.llama_cpp.draw import PLACE_XTC, Drawer, uniform
 from skulk.engines.llama_cpp.filters import Candidates, Logits
 from skulk.engines.llama_cpp.mirostat import Mirostat
 from skulk.engines.llama_cpp.native import address_of_row
@@ -172,7 +172,7 @@ class SamplerChain:
         if self._mirostat is not None:
             temperature = np.float32(settled.temperature)
             warmed = Candidates(row / temperature, float(np.float32(candidates.peak) / temperature))
-            return self._mirostat.draw(warmed, uniforms(key, position).first)
+            return self._mirostat.draw(warmed, uniform(key, position))
         if settled.top_n_sigma > 0:
             candidates = filters.keep_top_n_sigma(candidates, settled.top_n_sigma)
         if settled.top_k > 0:
@@ -183,7 +183,7 @@ class SamplerChain:
             candidates = filters.keep_top_p(candidates, settled.top_p)
         if settled.min_p > 0:
             candidates = filters.keep_min_p(candidates, settled.min_p)
-        if settled.has_xtc and uniforms(key, position, TURN_XTC).first <= settled.xtc_probability:
+        if settled.has_xtc and uniform(key, position, PLACE_XTC) <= settled.xtc_probability:
             candidates = filters.cut_xtc(candidates, settled.xtc_threshold)
         return self._workbench.drawer.draw(candidates, settled.temperature, key, position)
 

@@ -1,6 +1,6 @@
 """The draw itself: one token by its probability, decided by (seed, choice, position) and the candidates alone.
 
-    uniforms(key, position, turn)   numbers in [0, 1): a hash, no generator with a state
+    uniform(key, position, place)   numbers in [0, 1): a hash, no generator with a state
     few candidates                  the first of them, from the best on, at which the summed weights pass u * total
     the whole row                   head and tail of it: see `Drawer`
 
@@ -9,22 +9,20 @@ So neither preemption, nor another runner, nor ``n``, nor the batch changes what
 
 from __future__ import annotations
 
-import hashlib
 import math
-import struct
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from skulk.engines.llama_cpp.filters import Candidates, running_sums, weights_of
 
-# Turns of `uniforms`: XTC's chance has its own; draws count from 0.
-TURN_XTC: Final = -1
+# Places of `uniform`: XTC's chance has its own; draws count from 0, three a turn.
+PLACE_XTC: Final = -1
 _MAX_TURNS: Final = 512
+_PLACES: Final = 3 * _MAX_TURNS + 1
 _UNIT: Final = 2.0**-53
-_NUMBERS: Final = struct.Struct("<QQQ")
-_DRAW: Final = struct.Struct("<QQq")
+_BITS: Final = 2**64 - 1
 
 # Rows are summed up in blocks of so many.
 _BLOCK: Final = 256
@@ -34,25 +32,18 @@ _DENSE_SHARE: Final = 0.25
 _TAIL_WEIGHT: Final = 4.0
 
 
-class Uniforms(NamedTuple):
-    """Independent numbers in [0, 1), of 53 bits each."""
-
-    first: float
-    second: float
-    third: float
-
-
-def uniforms(key: int, position: int, turn: int = 0) -> Uniforms:
-    """Three independent numbers.
+def uniform(key: int, position: int, place: int = 0) -> float:
+    """A number in [0, 1) of 53 bits: SplitMix64 (Steele, Lea, Flood 2014) at a state that nothing else has.
 
     Args:
         key: 64 bits, of seed and choice.
         position: index of the drawn token in its sequence, prompt included.
-        turn: which three.
+        place: which of the numbers of that position.
     """
-    digest = hashlib.blake2b(_DRAW.pack(key, position, turn), digest_size=24).digest()
-    first, second, third = _NUMBERS.unpack(digest)
-    return Uniforms((first >> 11) * _UNIT, (second >> 11) * _UNIT, (third >> 11) * _UNIT)
+    bits = (key + (position * _PLACES + place + 2) * 0x9E37_79B9_7F4A_7C15) & _BITS
+    bits = ((bits ^ (bits >> 30)) * 0xBF58_476D_1CE4_E5B9) & _BITS
+    bits = ((bits ^ (bits >> 27)) * 0x94D0_49BB_1331_11EB) & _BITS
+    return ((bits ^ (bits >> 31)) >> 11) * _UNIT
 
 
 def pick(weights: NDArray[np.float32], u: float) -> int:
@@ -93,7 +84,7 @@ class Drawer:
     def draw(self, candidates: Candidates, temperature: float, key: int, position: int) -> int:
         """The token id; ``temperature`` > 0."""
         if candidates.ids is not None:
-            return int(candidates.ids[pick(weights_of(candidates, temperature), uniforms(key, position).first)])
+            return int(candidates.ids[pick(weights_of(candidates, temperature), uniform(key, position))])
         bound = np.float32(candidates.peak - math.log(max(self._size / _TAIL_WEIGHT, 1)) * temperature)
         # Of one token; more than it should be where the logits are so great that float32 has no number just there.
         tail_weight = math.exp((float(bound) - candidates.peak) / temperature)
@@ -101,7 +92,7 @@ class Drawer:
         head = is_head.nonzero()[0]
         if tail_weight * self._size > 2 * _TAIL_WEIGHT or head.size > _DENSE_SHARE * self._size:
             weights_of(candidates._replace(scratch=self.scratch), temperature)
-            return _pick_in_blocks(self._padded, uniforms(key, position).first)
+            return _pick_in_blocks(self._padded, uniform(key, position))
         return self._draw_parted(candidates, temperature, head, tail_weight, key, position)
 
     def _draw_parted(
@@ -116,13 +107,13 @@ class Drawer:
         sums = running_sums(weights_of(Candidates(row.logits[head], row.peak, head), temperature))
         head_mass = float(sums[-1])
         for turn in range(_MAX_TURNS):
-            chances = uniforms(key, position, turn)
-            target = chances.first * (head_mass + tail_weight * self._size)
+            target = uniform(key, position, 3 * turn) * (head_mass + tail_weight * self._size)
             if target < head_mass:
                 return int(head[_passed(sums, target)])
-            token = int(chances.second * self._size)
+            token = int(uniform(key, position, 3 * turn + 1) * self._size)
             true_weight = math.exp((float(row.logits[token]) - row.peak) / temperature)
-            if not _holds(head, token) and chances.third * tail_weight < true_weight:
+            taken_at = uniform(key, position, 3 * turn + 2) * tail_weight
+            if taken_at < true_weight and not _holds(head, token):
                 return token
         raise AssertionError(f"no token was accepted in {_MAX_TURNS} turns")
 

@@ -228,16 +228,18 @@ class LlamaCppEngine:
         failed: dict[int, ErrorBody],
     ) -> int:
         """Further steps of single rows, on what the last one drew; gives their number."""
-        is_end = self._vocabulary.is_end
         outputs = {row.slot: at for at, row in enumerate(rows)}
-        ends = {row.slot: row.start + len(row.tokens) for row in rows}
+        ends = {row.slot: row.start + 1 for row in rows}
         for steps in range(most):
-            tokens = [drawn[slot][-1] for slot in outputs if slot not in failed]
-            if failed or any(map(is_end, tokens)) or not go_on():
+            if failed or not go_on():
+                return steps
+            tokens = [drawn[slot][-1] for slot in outputs]
+            if not self._vocabulary.ends.isdisjoint(tokens):
                 return steps
             self._batch.go_on(tokens)
             self._decode()
-            ends = {slot: end + 1 for slot, end in ends.items()}
+            for slot in ends:
+                ends[slot] += 1
             self._sample(outputs, ends, drawn, failed)
         return most
 

@@ -25,6 +25,7 @@ class Vocabulary:
         size: number of tokens.
         special_texts: texts that a tokenizer turns into control tokens when it parses specials.
         longest_piece_bytes: no token stands for more text than this.
+        ends: tokens with which the model ends its answer (``llama_vocab_is_eog``).
         suppressed: tokens that the model's file says are never to be generated.
     """
 
@@ -40,7 +41,7 @@ class Vocabulary:
         self.adds_sep: bool = bool(self._lib.llama_vocab_get_add_sep(self._vocab))
         self._prefixes_space: bool = self._lib.llama_vocab_type(self._vocab) == _TYPE_SPM
         self._pieces: tuple[bytes, ...] = tuple(self._piece(token) for token in range(self.size))
-        self._ends = frozenset(token for token in range(self.size) if self._lib.llama_vocab_is_eog(self._vocab, token))
+        self.ends = frozenset(token for token in range(self.size) if self._lib.llama_vocab_is_eog(self._vocab, token))
         self.longest_piece_bytes: int = max((len(piece) for piece in self._pieces), default=1) or 1
         self.special_texts: frozenset[str] = frozenset(
             text for token in range(self.size) if self._is_special(token) and (text := self.text_of(token))
@@ -92,7 +93,7 @@ class Vocabulary:
         """What grammars have to know; some 20 ms for 50,000 tokens."""
         return Tokens(
             pieces=self._pieces,
-            ends=self._ends,
+            ends=self.ends,
             token_of=self._token_named,
         )
 
@@ -117,8 +118,8 @@ class Vocabulary:
         return buffer.raw[: max(0, length)]
 
     def is_end(self, token: int) -> bool:
-        """Whether the model ends its answer with this token (``llama_vocab_is_eog``)."""
-        return token in self._ends
+        """Whether the model ends its answer with this token."""
+        return token in self.ends
 
     def tokenise(
         self, text: str, *, parse_special: bool, is_start: bool = True, add_special: bool = False

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skulk.engines.llama_cpp.draw import Drawer, pick, uniforms
+from skulk.engines.llama_cpp.draw import Drawer, pick, uniform
 from skulk.engines.llama_cpp.filters import (
     Candidates,
     Logits,
@@ -192,20 +192,34 @@ def test_filters_follow_one_another() -> None:
     assert kept(narrowed) == sorted(expected)
 
 
-class TestUniforms:
-    def test_they_are_a_function_of_their_arguments(self) -> None:
-        assert uniforms(1, 2) == uniforms(1, 2)
-        triples = {uniforms(key, position, turn) for key in range(5) for position in range(5) for turn in (-1, 0, 1)}
-        assert len(triples) == 75
+class TestUniform:
+    def test_it_is_a_function_of_its_arguments(self) -> None:
+        assert uniform(1, 2) == uniform(1, 2)
+        numbers = {uniform(key, position, place) for key in range(5) for position in range(5) for place in (-1, 0, 1)}
+        assert len(numbers) == 75
 
-    @given(st.integers(0, 2**64 - 1), st.integers(0, 2**40))
-    def test_they_lie_below_one(self, key: int, position: int) -> None:
-        assert all(0 <= number < 1 for number in uniforms(key, position))
+    def test_no_two_places_are_one(self) -> None:
+        last = uniform(9, 4, 3 * 512 - 1)
+        assert last not in {uniform(9, 5, place) for place in (-1, 0, 1)}
 
-    def test_they_are_spread_evenly(self) -> None:
-        counts = Counter(int(number * 10) for position in range(4000) for number in uniforms(7, position))
+    @given(st.integers(0, 2**64 - 1), st.integers(0, 2**40), st.integers(-1, 1535))
+    def test_it_lies_below_one(self, key: int, position: int, place: int) -> None:
+        assert 0 <= uniform(key, position, place) < 1
+
+    def test_numbers_are_spread_evenly(self) -> None:
+        counts = Counter(int(uniform(7, position, place) * 10) for position in range(4000) for place in (-1, 0, 1))
         # 9 degrees of freedom: beyond 27.9 lies one case in a thousand, and these numbers never change.
         assert sum((count - 1200) ** 2 / 1200 for count in counts.values()) < 27.9
+
+    @pytest.mark.parametrize("step", [(1, 0, 0), (0, 1, 0), (0, 0, 1)], ids=["key", "position", "place"])
+    def test_neighbours_tell_nothing_of_each_other(self, step: tuple[int, int, int]) -> None:
+        pairs: Counter[tuple[int, int]] = Counter()
+        for count in range(10_000):
+            key, position, place = (7 + 2 * count, 5, 0) if step[0] else (7, 2 * count, 0)
+            other = uniform(key + step[0], position + step[1], place + step[2])
+            pairs[int(uniform(key, position, place) * 10), int(other * 10)] += 1
+        # 99 degrees of freedom: beyond 148.2 lies one case in a thousand.
+        assert sum((pairs[a, b] - 100) ** 2 / 100 for a in range(10) for b in range(10)) < 148.2
 
 
 class TestPick:
