@@ -334,6 +334,7 @@ class Runner:
                 self._refused(error)
             case Stepped(outputs, held):
                 self._outbox.step_finished(self._clock.now())
+                self._watch.finished(self._clock.now())
                 for output in outputs:
                     self._tell(output)
                 if held is not None:

@@ -157,6 +157,17 @@ async def test_what_ends_a_run(tmp_path: Path, why: str) -> None:
         assert not engine.answers[-1], "the run would have gone on"
 
 
+async def test_an_answer_that_takes_longer_than_a_step_may_is_no_hang(tmp_path: Path) -> None:
+    options = FakeOptions(answer_tokens=24)
+    async with runner_world(tmp_path, gated=True, options=options, step_timeout_s=1.0) as world:
+        stream = await world.generate(generate_of())
+        for _ in range(25):
+            world.gate.let(1)
+            await asyncio.sleep(0.1)
+        await stream.finish()
+        assert (stream.end.reason, len(stream.tokens)) == ("stop", 25)
+
+
 async def test_many_at_once_each_get_their_own_answer(tmp_path: Path) -> None:
     async with runner_world(tmp_path) as world:
         names = [f"r{number}" for number in range(8)]
