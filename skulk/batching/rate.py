@@ -21,7 +21,7 @@ STEP_SHARED_S: Final = 0.25
 """Longest step while others decode and little is to be prefilled: the gap that a prompt puts between their tokens."""
 STEP_CROWDED_S: Final = 0.7
 """The same, however much is to be prefilled; with what a guess may be off it stays within a second."""
-STEPS_OF_BACKLOG: Final = 4
+STEPS_OF_BACKLOG: Final = 3
 """Between the two a step may take this part of what is to be prefilled; see ADR 18."""
 STEP_ALONE_S: Final = 1.0
 """Longest step while none decodes: how long a cancel may wait."""
@@ -95,7 +95,8 @@ def shared_step_s(backlog_s: float) -> float:
 def chunk_tokens(rate: Rate, *, depth: int, others_decode: bool, n_ubatch: int, gap: int = 0, backlog: int = 0) -> int:
     """Prefill tokens of the next step: the most that end in time, in units of 64; or ``gap``, if so many do.
 
-    One unit at least and while nothing is measured, ``n_ubatch`` at most.
+    ``gap`` too, if no more than half a unit of it would be left. One unit at least and while nothing is measured,
+    ``n_ubatch`` at most.
 
     Args:
         rate: what was measured.
@@ -110,9 +111,11 @@ def chunk_tokens(rate: Rate, *, depth: int, others_decode: bool, n_ubatch: int, 
     if others_decode:
         room_s = shared_step_s(backlog * prefill_token_s(rate, depth)) - rate.decode_s
     chunk = _most_units(rate, depth, room_s, unit, n_ubatch)
-    if chunk < gap <= n_ubatch and 0.0 < gap * prefill_token_s(rate, depth, gap) <= room_s:
-        # Its last few tokens in a step of their own would cost the others one more gap.
-        return gap
+    if chunk < gap <= n_ubatch:
+        # Its last few tokens in a step of their own would cost the others one more gap, and twice as much a token.
+        is_rest = gap - chunk <= unit // 2
+        if is_rest or 0.0 < gap * prefill_token_s(rate, depth, gap) <= room_s:
+            return gap
     return chunk
 
 

@@ -68,6 +68,17 @@ def test_a_size_is_guessed_one_step_cheaper_however_far_it_is() -> None:
     assert prefill_token_s(rate, 0, 128) == prefill_token_s(rate, 0, 512) < 0.001
 
 
+def test_few_last_tokens_get_no_step_of_their_own() -> None:
+    rate = measured(Rate(), plan_of(prefill=64), 0.32)
+
+    def chunk(gap: int, n_ubatch: int = 512) -> int:
+        return chunk_tokens(rate, depth=0, others_decode=True, n_ubatch=n_ubatch, gap=gap, backlog=gap)
+
+    assert chunk(CHUNK_UNIT + CHUNK_UNIT // 2) == CHUNK_UNIT + CHUNK_UNIT // 2
+    assert chunk(CHUNK_UNIT + CHUNK_UNIT // 2 + 1) == CHUNK_UNIT
+    assert chunk(CHUNK_UNIT + 1, n_ubatch=CHUNK_UNIT) == CHUNK_UNIT
+
+
 def test_a_prompt_that_ends_in_time_is_not_cut() -> None:
     rate = measured(Rate(), plan_of(prefill=512), 0.512)
     for gap, expected in ((200, 200), (250, 250), (251, 192), (100, 192)):
