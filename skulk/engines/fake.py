@@ -38,7 +38,7 @@ Sleep = Callable[[float], None]
 
 
 class FakeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the fake behaves. Steps count from 1 over the engine's life.
+    """How the fake behaves. Steps count from 1 over the engine's life; one that misbehaves begins a run of its own.
 
     Attributes:
         answer_tokens: length of each answer; then END.
@@ -125,7 +125,7 @@ class FakeEngine:
         sampled = self._step(plan)
         drawn = {slot: (token,) for slot, token in sampled.items()}
         steps = 1
-        while steps < plan.steps and END not in sampled.values() and go_on():
+        while steps < plan.steps and END not in sampled.values() and not self._misbehaves_next and go_on():
             plan = following(plan, sampled)
             sampled = self._step(plan)
             drawn = {slot: (*drawn[slot], token) for slot, token in sampled.items()}
@@ -149,10 +149,16 @@ class FakeEngine:
                 sampled[row.slot] = next_token(tokens, self._salts[row.slot], self._options.answer_tokens)
         return sampled
 
+    @property
+    def _misbehaves_next(self) -> bool:
+        return self._is_due(self._steps + 1)
+
+    def _is_due(self, step: int) -> bool:
+        return step in (self._options.fail_at_step, self._options.abort_at_step, self._options.hang_at_step)
+
     def _misbehave(self) -> None:
         options = self._options
-        due = self._steps in (options.fail_at_step, options.abort_at_step, options.hang_at_step)
-        if not due:
+        if not self._is_due(self._steps):
             return
         if options.once_marker is not None:
             marker = Path(options.once_marker)

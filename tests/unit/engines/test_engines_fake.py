@@ -147,6 +147,14 @@ def test_fails_at_its_step_and_only_there(tmp_path: Path) -> None:
     one.run(StepPlan(rows=(msgspec.structs.replace(row, start=1),)))
 
 
+def test_what_comes_before_a_step_that_fails_is_told(tmp_path: Path) -> None:
+    one = engine(tmp_path, fail_at_step=4)
+    one.begin(0, GREEDY, ())
+    first = one.run(StepPlan(rows=(StepRow(slot=0, tokens=(1,), start=0, sample=True),)))
+    row = StepRow(slot=0, tokens=first.sampled[0], start=1, sample=True)
+    assert one.run(StepPlan(rows=(row,), steps=8)).steps == 2
+
+
 def test_misbehaves_once_where_it_was_told_so(tmp_path: Path) -> None:
     marker = str(tmp_path / "once")
     row = StepRow(slot=0, tokens=(1,), start=0, sample=False)
