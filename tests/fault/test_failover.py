@@ -19,7 +19,9 @@ from tests.support.mesh import MeshNode, ending, until_full
 from tests.support.nats import NatsServer
 
 # the fake answers with 60 tokens, then its end token
-GREEDY = {"temperature": 0, "max_tokens": 100}
+IN_RUNS = {"temperature": 0, "max_tokens": 100}
+# With a stop string, which never comes, each token is an event of its own.
+GREEDY = {**IN_RUNS, "stop": ["\0"]}
 
 
 @asynccontextmanager
@@ -46,6 +48,16 @@ async def kill_at(world: Replicas, index: int, **fields: object) -> None:
     disturbed = await world.killed_at(index, lambda: world.kill("a"), **fields)
     assert_same(disturbed, await world.whole(**fields))
     assert world.runs[-2].resumptions == 1
+
+
+async def test_tokens_that_come_together_are_neither_lost_nor_sent_twice(world: Replicas) -> None:
+    await world.kill("a")
+    await world.revive("a", path=str(options_file(world.folder, "a", hang_at=21)))
+    disturbed = await world.killed_at(20, lambda: world.kill("a"), **IN_RUNS)
+    assert world.runs[-1].resumptions == 1
+    undisturbed = await world.whole(**IN_RUNS)
+    assert len(undisturbed.plain()[0]) < 20, "they come together"
+    assert disturbed.texts() == undisturbed.texts()
 
 
 async def test_every_tenth_token_of_a_greedy_answer_on_a_runner_kill(world: Replicas) -> None:
