@@ -36,12 +36,13 @@ def draw(sequence: Sequence, tokens: tuple[int, ...], vocabulary: Vocabulary, **
     ``length``. The end token counts as drawn and has no text.
     """
     request = sequence.request
-    drawn = sequence.drawn.extended(tokens)
+    count = sequence.drawn.count + len(tokens)
     pieces = b"".join([vocabulary.piece(token) for token in tokens])
     is_plain = pieces.isascii() and not (request.stop or sequence.held_bytes or sequence.skip)
-    if is_plain and drawn.count < request.max_tokens and not _has_end(request, tokens, vocabulary):
+    if is_plain and count < request.max_tokens and not _has_end(request, tokens, vocabulary):
         # most tokens: nothing was held back, and nothing has to be
-        return Drawn(msgspec.structs.replace(sequence, drawn=drawn, **changes), pieces.decode(), None)
+        after = msgspec.structs.replace(sequence, drawn=sequence.drawn.extended(tokens), **changes)
+        return Drawn(after, pieces.decode(), None)
     sequence = msgspec.structs.replace(sequence, **changes) if changes else sequence
     texts: list[str] = []
     for token in tokens:

@@ -36,7 +36,7 @@ def apply(state: BatchState, plan: StepPlan, result: StepResult, vocabulary: Voc
             running.append(msgspec.structs.replace(sequence, **changes) if changes else sequence)
             continue
         if state.shape.is_unified:
-            changes["cells"] = grown(sequence.cells, computed_of(row, result), next_id)
+            changes["cells"] = grown(sequence.cells, result.computed(row), next_id)
             next_id += 1
         after, finish_reason = _advance(sequence, row, result, vocabulary, now, changes, outputs)
         running.append(after)
@@ -71,7 +71,7 @@ def _advance(
     assert row.start == sequence.computed, (
         f"slot {row.slot}: planned from {row.start}, computed are {sequence.computed}"
     )
-    changes["computed"] = computed = row.start + computed_of(row, result)
+    changes["computed"] = computed = row.start + result.computed(row)
     key = sequence.request.key
     if not row.sample:
         outputs.append(Progressed(key=key, phase="prefill", processed=computed, total=sequence.known))
@@ -82,15 +82,10 @@ def _advance(
         if sequence.first_at == 0.0:
             changes["first_at"] = now
     tokens = result.sampled.get(row.slot, ())
+    assert len(tokens) + (row.slot in result.failed) == result.steps, f"slot {row.slot} drew {len(tokens)} tokens"
     if not tokens:
         return msgspec.structs.replace(sequence, **changes), None
-    assert len(tokens) + (row.slot in result.failed) == result.steps, f"slot {row.slot} drew {len(tokens)} tokens"
     after, text, finish_reason = draw(sequence, tokens, vocabulary, **changes)
     assert after.known == sequence.known + len(tokens), f"slot {row.slot} was computed beyond its end"
     outputs.append(Emitted(key=key, choice=after.choice, text=text, tokens=tokens, finish_reason=finish_reason))
     return after, finish_reason
-
-
-def computed_of(row: StepRow, result: StepResult) -> int:
-    """How many tokens of its sequence a row has computed: its own, and one in each further step."""
-    return len(row.tokens) + result.steps - 1

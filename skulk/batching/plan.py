@@ -58,13 +58,16 @@ def _steps(state: BatchState, rate: Rate) -> int:
             return 1
         steps = min(steps, seq.may_need)
     if steps > 1 and state.running and state.shape.is_unified:
-        free = state.shape.kv_cells - used_cells(state.running, state.idle)
-        steps = min(steps, free // len(state.running))
+        steps = min(steps, _free_cells(state) // len(state.running))
     return max(1, steps)
 
 
+def _free_cells(state: BatchState) -> int:
+    return state.shape.kv_cells - used_cells(state.running, state.idle)
+
+
 def _within_cells(state: BatchState, prefill: int) -> int:
-    free = state.shape.kv_cells - used_cells(state.running, state.idle) - sum(seq.is_decoding for seq in state.running)
+    free = _free_cells(state) - sum(seq.is_decoding for seq in state.running)
     if prefill <= free:
         return prefill
     assert free > 0, "no cell is free for a prompt"

@@ -53,6 +53,10 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True):
     steps: int = 1
     elapsed_s: float
 
+    def computed(self, row: StepRow) -> int:
+        """How many tokens of its sequence a row of the plan has computed: its own, and one in each further step."""
+        return len(row.tokens) + self.steps - 1
+
     @property
     def step_s(self) -> float:
         """Seconds of one step of it."""

@@ -19,6 +19,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Final, assert_never
 
 from skulk.batching.admission import BatchShape
@@ -97,7 +98,6 @@ class EngineThread:
         self._told_progress = -1.0
         self._told_held: tuple[int, ...] = ()
         self._is_held_old = False
-        self._run_until = 0.0
         # A daemon: a native call that never returns must not keep the process.
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
@@ -213,15 +213,14 @@ class EngineThread:
                     # A long step must not hold back what is known before it.
                     self._report(Stepped(tuple(outputs), self._held_news()))
                     outputs = []
-                self._run_until = self._clock.now() + RUN_S
-                result = engine.run(plan, self._may_go_on)
+                result = engine.run(plan, partial(self._may_go_on, self._clock.now() + RUN_S))
                 rate = measured(rate, plan, result.step_s)
                 self._fold(engine, apply(self._state, plan, result, engine, self._clock.now()), outputs)
             self._report(Stepped(tuple(outputs), self._held_news()))
 
-    def _may_go_on(self) -> bool:
+    def _may_go_on(self, until: float) -> bool:
         """Whether another step of a run may follow: nobody waits for this thread, and the drawn tokens aren't old."""
-        return not (self._commands or self._stopping) and self._clock.now() < self._run_until
+        return not (self._commands or self._stopping) and self._clock.now() < until
 
     def _held_news(self) -> tuple[int, ...] | None:
         """The digests of what can be taken over, where they aren't those that were told last."""

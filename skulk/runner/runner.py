@@ -265,9 +265,8 @@ class Runner:
         request.writer = self._outbox.open(generate)
         if request.wanted_end is None:
             if self._is_idle:
-                # Its age counts from now: before there was nothing to compute.
-                self._outbox.step_finished(self._clock.now())
-                self._watch.finished(self._clock.now())
+                # Before there was nothing to compute.
+                self._age_begins()
             request.state = "computing"
             self._thread.submit(Add(admitted))
         else:
@@ -333,15 +332,14 @@ class Runner:
             case Refused(error):
                 self._refused(error)
             case Stepped(outputs, held):
-                self._outbox.step_finished(self._clock.now())
-                self._watch.finished(self._clock.now())
+                self._age_begins()
                 for output in outputs:
                     self._tell(output)
                 if held is not None:
                     self.status.note(prefixes=filter_of(held))
                 self._note_load()
             case Vectors():
-                self._watch.finished(self._clock.now())
+                self._age_begins()
                 self._desk.took(report)
             case Failed(error, outputs):
                 for output in outputs:
@@ -351,6 +349,12 @@ class Runner:
                 self._thread_ended.set()
             case _:
                 assert_never(report)
+
+    def _age_begins(self) -> None:
+        """The age of the engine's step counts from now: for the gateways, and for telling a hang."""
+        now = self._clock.now()
+        self._outbox.step_finished(now)
+        self._watch.finished(now)
 
     def _tell(self, output: Output) -> None:
         request = self._table.get(output.key)

@@ -101,7 +101,7 @@ class EnginePlay:
         plan = plan_step(self.state, budget if self.runs else msgspec.structs.replace(budget, steps=1))
         assert plan is not None, "something is open and nothing runs"
         result = self._run(plan)
-        self.computed += plan.token_count + (result.steps - 1) * len(plan.rows)
+        self.computed += sum(map(result.computed, plan.rows))
         self._fold(apply(self.state, plan, result, self.engine, self.now))
 
     def play(self) -> EnginePlay:

@@ -62,7 +62,7 @@ class Stepper:
         for row in rows:
             tokens = result.sampled[row.slot]
             assert len(tokens) == result.steps <= steps
-            self._position[row.slot] += len(row.tokens) + result.steps - 1
+            self._position[row.slot] += result.computed(row)
             self._next[row.slot] = tokens[-1:]
             self.tokens[row.slot] += tokens
 

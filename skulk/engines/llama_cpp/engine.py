@@ -210,14 +210,15 @@ class LlamaCppEngine:
             self._sample(outputs, {row.slot: row.start + len(row.tokens) for row in rows}, drawn, failed)
         if plan.steps > 1 and len(calls) == 1:
             steps += self._run_on(calls[0], plan.steps - 1, go_on, drawn, failed)
-        for row in plan.rows:
-            self._memory.computed(row.slot, len(row.tokens) + steps - 1)
-        return StepResult(
+        result = StepResult(
             sampled={slot: tuple(tokens) for slot, tokens in drawn.items()},
             failed=failed,
             steps=steps,
             elapsed_s=time.perf_counter() - started,
         )
+        for row in plan.rows:
+            self._memory.computed(row.slot, result.computed(row))
+        return result
 
     def _run_on(
         self,

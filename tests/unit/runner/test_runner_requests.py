@@ -58,11 +58,11 @@ class SlowPrompts(Wrapped):
         return self._engine.tokens_of(prompt)
 
 
-def slow_into(engines: list[SlowPrompts]) -> Callable[[Engine], Engine]:
-    """Wraps the engine and hands it to the test."""
+def into(engines: list[Any], kind: type[Wrapped]) -> Callable[[Engine], Engine]:
+    """Wraps the engine in a ``kind`` and hands it to the test."""
 
     def wrap(engine: Engine) -> Engine:
-        engines.append(SlowPrompts(engine))
+        engines.append(kind(engine))
         return cast("Engine", engines[0])
 
     return wrap
@@ -85,7 +85,7 @@ class SingleSteps(Wrapped):
 
 
 class AskedToGoOn(Wrapped):
-    """In its first run it asks for ten seconds whether it may go on, and keeps the answers."""
+    """Before its first run it asks whether it may go on until it may not, for ten seconds, and keeps the answers."""
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
@@ -100,11 +100,6 @@ class AskedToGoOn(Wrapped):
 
 def single_steps(engine: Engine) -> Engine:
     return cast("Engine", SingleSteps(engine))
-
-
-def asked_into(engines: list[AskedToGoOn], engine: Engine) -> Engine:
-    engines.append(AskedToGoOn(engine))
-    return cast("Engine", engines[0])
 
 
 async def test_a_request_is_streamed_token_by_token_to_its_one_end(tmp_path: Path) -> None:
@@ -139,7 +134,7 @@ async def test_the_tokens_of_a_run_come_together(tmp_path: Path) -> None:
 async def test_what_ends_a_run(tmp_path: Path, why: str) -> None:
     engines: list[AskedToGoOn] = []
     clock = ManualClock()
-    async with runner_world(tmp_path, clock=clock, wrap=lambda engine: asked_into(engines, engine)) as world:
+    async with runner_world(tmp_path, clock=clock, wrap=into(engines, AskedToGoOn)) as world:
         stream = await world.generate(generate_of())
         [engine] = engines
         async with asyncio.timeout(10.0):
@@ -217,7 +212,7 @@ async def test_what_cannot_be_served_is_refused_with_its_code(tmp_path: Path) ->
 
 async def test_the_same_attempt_is_answered_the_same_and_run_once(tmp_path: Path) -> None:
     engines: list[SlowPrompts] = []
-    async with runner_world(tmp_path, wrap=slow_into(engines)) as world:
+    async with runner_world(tmp_path, wrap=into(engines, SlowPrompts)) as world:
         asked = asyncio.create_task(world.generate(generate_of()))
         again = asyncio.create_task(world.ask(generate_of()))
         await world.statuses.until(lambda status: status.waiting == 1)
@@ -309,7 +304,7 @@ async def test_a_cancel_ends_every_prompt_that_is_part_of_its_request(tmp_path: 
 
 async def test_a_cancel_that_comes_before_the_tokens_still_ends_it(tmp_path: Path) -> None:
     engines: list[SlowPrompts] = []
-    async with runner_world(tmp_path, wrap=slow_into(engines)) as world:
+    async with runner_world(tmp_path, wrap=into(engines, SlowPrompts)) as world:
         asked = asyncio.create_task(world.generate(generate_of()))
         await world.statuses.until(lambda status: status.waiting == 1)
         assert (await world.cancel("r1")).was_running
@@ -320,7 +315,7 @@ async def test_a_cancel_that_comes_before_the_tokens_still_ends_it(tmp_path: Pat
 
 async def test_what_its_caller_no_longer_waits_for_is_not_run(tmp_path: Path) -> None:
     engines: list[SlowPrompts] = []
-    async with runner_world(tmp_path, wrap=slow_into(engines), n_parallel=1, max_waiting=0) as world:
+    async with runner_world(tmp_path, wrap=into(engines, SlowPrompts), n_parallel=1, max_waiting=0) as world:
         with pytest.raises(ServiceError) as late:
             await world.ask(generate_of("a"), timeout_s=0.05)
         assert late.value.code == "deadline_exceeded"
@@ -350,7 +345,7 @@ async def test_the_deadline_ends_the_stream(tmp_path: Path) -> None:
 
 async def test_a_deadline_during_preparation_is_a_refusal(tmp_path: Path) -> None:
     engines: list[SlowPrompts] = []
-    async with runner_world(tmp_path, wrap=slow_into(engines)) as world:
+    async with runner_world(tmp_path, wrap=into(engines, SlowPrompts)) as world:
         with pytest.raises(ServiceError) as late:
             await world.ask(generate_of(timeout_s=0.05))
         assert late.value.code == "deadline_exceeded"
