@@ -22,6 +22,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import NamedTuple
 
+from amx_flags import flags_for
 from lock_entries import Entry
 
 STEP = re.compile(r"^\s*\[(\d+)/(\d+)\]")
@@ -54,7 +55,7 @@ def cache_root() -> Path:
 
 def cache_key(entry: Entry) -> str:
     """What the binary depends on, as a folder name that a person can still read."""
-    facts = [entry.text, platform.system(), platform.machine(), *platform.libc_ver(), _cpu()]
+    facts = [entry.text, platform.system(), platform.machine(), *platform.libc_ver(), _cpu(), *flags_for(_cpu())]
     facts += [f"{name}={os.environ.get(name, '')}" for name in BUILD_VARIABLES]
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
     return f"{entry.name}-{entry.version}-{platform.system().lower()}-{platform.machine()}-{digest[:16]}"
@@ -139,7 +140,7 @@ def _compile(entry: Entry, python: Path, folder: Path) -> Path:
     command = [str(python), "-m", "pip", "wheel", "--verbose", "--no-cache-dir", "--no-deps", "--require-hashes"]
     command += ["--no-binary", entry.name, "--wheel-dir", str(fresh), "--requirement", str(requirement)]
     log = folder / "build.log"
-    status = _run_logged(command, log)
+    status = _run_logged(command, log, _environment())
     wheels = list(fresh.glob("*.whl"))
     if status != 0 or len(wheels) != 1:
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:])
@@ -149,6 +150,16 @@ def _compile(entry: Entry, python: Path, folder: Path) -> Path:
     wheels[0].replace(target)
     shutil.rmtree(fresh)
     return target
+
+
+def _environment() -> dict[str, str]:
+    """Of the compilation: the person's own flags, and those that this compiler needs for this processor."""
+    more = flags_for(_cpu())
+    if not more:
+        return dict(os.environ)
+    say(f"This compiler compiles the processor's matrix tiles (AMX) wrongly: they are left out ({' '.join(more)})")
+    flags = {name: " ".join((os.environ.get(name, ""), *more)).strip() for name in ("CFLAGS", "CXXFLAGS")}
+    return {**os.environ, **flags}
 
 
 def require_compiler() -> None:
@@ -163,7 +174,7 @@ def require_compiler() -> None:
             raise BuildError(COMPILER_ADVICE.format(missing=chosen[0] if chosen else names[0]))
 
 
-def _run_logged(command: list[str], log: Path) -> int:
+def _run_logged(command: list[str], log: Path, environment: dict[str, str]) -> int:
     """Run a build: every line to the log, the compiler's progress to the terminal; gives the exit status."""
     started = time.monotonic()
     show = ProgressLine()
@@ -176,6 +187,7 @@ def _run_logged(command: list[str], log: Path) -> int:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            env=environment,
         ) as process,
     ):
         assert process.stdout is not None

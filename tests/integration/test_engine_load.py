@@ -21,6 +21,7 @@ from skulk.engines.registry import loader_for
 from skulk.errors import RequestError, ServiceError, StartError
 from tests.support.engines import small_spec
 from tests.support.gguf import TENSORS, embedded_model, gguf_bytes, llama_metadata, with_metadata
+from tools.make_model import write_model
 
 
 def refusal(path: Path, **changes: object) -> str:
@@ -192,3 +193,21 @@ class TestProbe:
         monkeypatch.setattr(sys.modules[probe.__module__], "library", missing)
         found = probe()
         assert not found.installed and found.problem == "install it" and found.computes == ()
+
+
+@pytest.mark.skipif(b"REPACK = 1" not in library().llama_print_system_info(), reason="this build repacks no weights")
+def test_a_build_that_would_crash_in_its_tiles_loads_without_repacked_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = write_model(tmp_path / "q.gguf", quantization="Q4_0")
+
+    def is_repacked(can_use_tiles: bool) -> bool:
+        monkeypatch.setattr(loader, "can_use_tiles", lambda: can_use_tiles)
+        caplog.clear()
+        with caplog.at_level(logging.DEBUG):
+            load(small_spec(model), lambda _: True).close()
+        buffers = [record.message for record in caplog.records if "model buffer size" in record.message]
+        assert buffers, "llama.cpp no longer tells where the weights are"
+        return any("REPACK" in line or "AMX" in line for line in buffers)
+
+    assert [is_repacked(True), is_repacked(False)] == [True, False]

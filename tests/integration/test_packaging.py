@@ -18,10 +18,13 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import amx_flags
 import engine_guard
 import engine_wheel
 import lock_entries
 import pytest
+
+from skulk.engines.llama_cpp import amx
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCKED = next(entry for entry in lock_entries.read_lock(ROOT / "requirements.lock") if entry.name == "llama-cpp-python")
@@ -246,8 +249,9 @@ def test_the_set_up_installs_the_locked_cpu_build_from_the_cache(clone: Clone) -
 # --- the compiled wheel's cache ---------------------------------------------------------------------------------------
 
 BACKEND = """
-import shutil, sys
+import os, shutil, sys
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
+    print("flags", os.environ.get("CFLAGS"), "and", os.environ.get("CXXFLAGS"), flush=True)
     for step in range(1, 5):
         print(f"[{step}/4] Building C object {step}.o", flush=True)
     name = "WHEEL_NAME"
@@ -329,3 +333,35 @@ def test_the_key_of_the_cache_tells_flags_and_cpus_apart(monkeypatch: pytest.Mon
     monkeypatch.delenv("CMAKE_ARGS")
     monkeypatch.setattr(engine_wheel, "_cpu", lambda: "another CPU")
     assert len({plain, vulkan, engine_wheel.cache_key(LOCKED)}) == 3
+
+
+def test_a_compiler_that_miscompiles_tiles_is_told_to_leave_them_out(
+    source: Source, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXXFLAGS", "-O2")
+    monkeypatch.setattr(engine_wheel, "flags_for", lambda _: ())
+    plain = engine_wheel.wheel_for(source.entry, source.python)
+    monkeypatch.setattr(engine_wheel, "flags_for", lambda _: amx_flags.WITHOUT_TILES)
+    without = engine_wheel.wheel_for(source.entry, source.python)
+    assert without.parent != plain.parent, "another binary: not the one that crashes"
+    assert "flags None and -O2\n" in (plain.parent / "build.log").read_text(encoding="utf-8")
+    tiles = " ".join(amx_flags.WITHOUT_TILES)
+    assert f"flags {tiles} and -O2 {tiles}\n" in (without.parent / "build.log").read_text(encoding="utf-8")
+    assert f"left out ({tiles})" in capsys.readouterr().out
+
+
+def test_without_tiles_no_compiler_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert amx_flags.flags_for("flags : sse2 avx2 avx512f") == ()
+    assert amx_flags.flags_for("flags : sse2 amx_tile") == (), "one that isn't there compiles nothing wrongly"
+
+
+@pytest.mark.skipif("amx_tile" not in engine_wheel._cpu().split(), reason="this processor has no matrix tiles")
+def test_a_gcc_that_drops_the_tile_configuration_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bug needs the removal of dead stores; without that pass every GCC compiles it rightly."""
+    monkeypatch.setenv("CXX", "g++ -fno-tree-dse -fno-dse -fno-tree-dce")
+    assert amx_flags.flags_for("amx_tile") == ()
+    monkeypatch.setenv("CXX", "g++")
+    version = subprocess.run(["g++", "-dumpfullversion"], check=True, capture_output=True, text=True, timeout=TIMEOUT_S)
+    is_old = amx.is_miscompiled(f"GCC: (g++) {version.stdout.strip()}".encode())
+    assert bool(amx_flags.flags_for("amx_tile")) == is_old

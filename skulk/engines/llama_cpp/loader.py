@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
+from skulk.engines.llama_cpp.amx import can_use_tiles
 from skulk.engines.llama_cpp.chain import NoNumbers
 from skulk.engines.llama_cpp.devices import device_list, free_bytes
 from skulk.engines.llama_cpp.embedder import LlamaCppEmbedder, open_embedder
@@ -160,6 +161,7 @@ def _load_model(lib: Any, spec: LoadSpec, progress: Progress) -> int:
     if compute == "cpu":
         # llama.cpp repacks weights for the processor; a mapped file would stay in memory beside the repacked ones.
         params.load_mode = lib.LLAMA_LOAD_MODE_NONE
+    params.use_extra_bufts = can_use_tiles()
     watch = _ProgressWatch(progress)
     callback = lib.llama_progress_callback(watch.take)
     params.progress_callback = callback
