@@ -6,11 +6,13 @@ is done at once, and the longer one waits one step more.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Final
 
 import msgspec
 
-from skulk.batching.rate import CHUNK_UNIT, Rate, chunk_tokens, run_steps
+from skulk.batching.rate import CHUNK_UNIT, Rate, chunk_tokens, prefill_token_s, run_steps
 from skulk.batching.requests import Sequence
 from skulk.batching.state import BatchState, used_cells
 from skulk.batching.step import StepPlan, StepRow
@@ -19,11 +21,23 @@ MAX_PASSED: Final = 4
 
 
 class StepBudget(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of one step: of all rows, and of prefill rows among them. ``steps``: of a run, where there are none."""
+    """What one step may take.
+
+    Attributes:
+        tokens: of all rows.
+        prefill_tokens: of prefill rows among them, if all of them were as deep as the prompt whose turn it is.
+        steps: of a run, where there are no prefill rows.
+        prices: of a token of other prompts, by slot, in tokens of the one whose turn it is; 1 where none is named.
+    """
 
     tokens: int
     prefill_tokens: int
     steps: int = 1
+    prices: Mapping[int, float] = {}
+
+    def price(self, seq: Sequence, count: int) -> int:
+        """What ``count`` tokens of this prompt take of ``prefill_tokens``; never less than their number."""
+        return math.ceil(count * self.prices.get(seq.slot, 1.0))
 
 
 def budget_for(state: BatchState, rate: Rate) -> StepBudget:
@@ -44,7 +58,18 @@ def budget_for(state: BatchState, rate: Rate) -> StepBudget:
     )
     if state.shape.is_unified:
         prefill = _within_cells(state, prefill)
-    return StepBudget(tokens=state.shape.n_batch, prefill_tokens=prefill)
+    return StepBudget(tokens=state.shape.n_batch, prefill_tokens=prefill, prices=_prices(prompts, rate))
+
+
+def _prices(prompts: list[Sequence], rate: Rate) -> dict[int, float]:
+    """Of the prompts behind the first one that are deeper than it, so that a token of theirs takes longer."""
+    if len(prompts) == 1:
+        return {}
+    first = prefill_token_s(rate, prompts[0].computed)
+    if first <= 0.0:
+        return {}
+    prices = {seq.slot: prefill_token_s(rate, seq.computed) / first for seq in prompts[1:]}
+    return {slot: price for slot, price in prices.items() if price > 1.0}
 
 
 def _steps(state: BatchState, rate: Rate) -> int:
@@ -87,11 +112,12 @@ def plan_step(state: BatchState, budget: StepBudget) -> StepPlan | None:
         return StepPlan(rows=tuple(rows), steps=budget.steps) if rows else None
     room = left = min(budget.prefill_tokens, budget.tokens - len(rows))
     prompts = _prompts(state)
-    for seq in _prefill_order(prompts, left):
-        if left <= 0 or (seq.gap > left and seq is not prompts[0] and room - left >= CHUNK_UNIT):
+    for seq in _prefill_order(prompts, budget, left):
+        price = budget.price(seq, seq.gap)
+        if left <= 0 or (price > left and seq is not prompts[0] and room - left >= CHUNK_UNIT):
             break
-        count = min(seq.gap, left)
-        left -= count
+        count = seq.gap if price <= left else min(seq.gap, left, max(1, left * seq.gap // price))
+        left -= budget.price(seq, count)
         rows.append(_row(seq, _up_to_mark(seq, count)))
     return StepPlan(rows=tuple(rows)) if rows else None
 
@@ -116,17 +142,18 @@ def _prompts(state: BatchState) -> list[Sequence]:
     return [seq for seq in state.running if not seq.is_decoding]
 
 
-def _prefill_order(prompts: list[Sequence], budget: int) -> list[Sequence]:
+def _prefill_order(prompts: list[Sequence], budget: StepBudget, left: int) -> list[Sequence]:
     """Prompts, the oldest first; while that one is too long for the step, those behind it that fit it go before it."""
-    if prompts[0].gap <= budget:
+    if prompts[0].gap <= left:
         return prompts
     ahead: list[Sequence] = []
     behind: list[Sequence] = []
     may_pass = True
     for seq in prompts:
-        if may_pass and behind and seq.gap <= budget:
+        price = budget.price(seq, seq.gap)
+        if may_pass and behind and price <= left:
             ahead.append(seq)
-            budget -= seq.gap
+            left -= price
         else:
             behind.append(seq)
             may_pass = may_pass and seq.passed < MAX_PASSED

@@ -151,7 +151,7 @@ def _smallest_of(count: int) -> int:
 def idle_limit(rate: Rate, *, cell_s: float, rows: int) -> int | None:
     """Cells that may lie idle in a unified cache beside ``rows`` decoding sequences.
 
-    ``cell_s``: seconds that each cell adds to each row of a step, used or not. None: nothing is known, or nobody runs.
+    ``cell_s``: seconds that each of them adds to each row of a step. None: nothing is known, or nobody runs.
     """
     if cell_s <= 0.0 or rows == 0 or rate.decode_s <= 0.0:
         return None

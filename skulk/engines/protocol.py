@@ -74,7 +74,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
         embedding_size: numbers of a vector.
         device_bytes: what the load took of a device that tells it of no process (CUDA, ROCm); 0: nothing, or see there.
         build: names the installed build of the library.
-        cell_s: seconds that a cell of a unified cache, used or not, adds to each row of a decode step; 0: unknown.
+        cell_s: seconds that a cell of another sequence adds to each row of a decode step in a unified cache; 0:
+            unknown.
     """
 
     engine: str

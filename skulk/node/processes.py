@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import threading
 import time
@@ -38,6 +39,11 @@ SPINS_SHARED: Final = 1_000
 """How often a thread of libgomp looks before it sleeps, at each barrier. Alone, its usual number: waking takes longer
 than most waits, and answers one at a time came 1.1 times as fast. Beside another runner, or with more threads than
 cores, threads that look keep the core from the one that everybody waits for: steps of 1.96 s were seen."""
+TUNABLES: Final = "GLIBC_TUNABLES"
+HUGE_PAGES: Final = "glibc.malloc.hugetlb=1"
+"""Weights, caches and buffers in pages of 2 MiB, where the kernel grants them on request (``madvise``, the usual
+setting) and the C library asks for them (glibc since 2.35; others pass over this). A step reads all weights, and with
+pages of 4 KiB the processor spends up to a third of it on finding them (ADR 20)."""
 POLICY: Final = RestartPolicy(advice="See its log for the reason; then delete the instance and place it again.")
 
 
@@ -205,7 +211,12 @@ def environment_of(n_threads: int, runners: int) -> dict[str, str]:
         runners: how many there are on this node already.
     """
     spins = SPINS_ALONE if n_threads == 0 and runners == 0 else SPINS_SHARED
-    return {"GOMP_SPINCOUNT": str(spins), "GGML_NO_BACKTRACE": "1"}
+    return {"GOMP_SPINCOUNT": str(spins), "GGML_NO_BACKTRACE": "1", TUNABLES: tunables_of(os.environ.get(TUNABLES, ""))}
+
+
+def tunables_of(own: str) -> str:
+    """What the C library is told; a person's own word on huge pages counts."""
+    return own if "glibc.malloc.hugetlb" in own else ":".join(filter(None, (own, HUGE_PAGES)))
 
 
 def _check_pins(card: ModelCard, here: Mapping[str, str]) -> None:

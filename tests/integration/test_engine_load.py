@@ -116,6 +116,20 @@ def test_a_quantized_cache_works() -> None:
     engine.close()
 
 
+def test_a_quantized_cache_without_flash_attention_is_a_setting_at_fault() -> None:
+    with pytest.raises(StartError, match="SKULK_LLAMA_CPP_FLASH_ATTN") as caught:
+        load(small_spec(kv_type="q8_0", flash_attention="off"), lambda _: True)
+    assert caught.value.code == "config_invalid", "no restart mends it"
+
+
+@pytest.mark.parametrize(("n_parallel", "is_known"), [(2, True), (1, False)])
+def test_what_an_idle_cell_costs_is_measured_where_sequences_share_cells(n_parallel: int, is_known: bool) -> None:
+    engine = load(small_spec(n_parallel=n_parallel, context_length=1024, kv_cells=1024), lambda _: True)
+    info = engine.info
+    engine.close()
+    assert info.is_unified and (info.cell_s > 0.0) is is_known
+
+
 @pytest.mark.skipif(probe().computes[0] != "cpu", reason="this machine has a GPU that llama.cpp can use")
 def test_a_backend_that_is_not_there_says_what_is() -> None:
     with pytest.raises(StartError, match="no vulkan device on this machine \\(it has: CPU\\)") as caught:

@@ -26,7 +26,7 @@ from skulk.engines.canary import TIMED_STEPS, Recital
 from skulk.engines.grammar.constraint import Follower, Grammars
 from skulk.engines.llama_cpp.batch import Batch
 from skulk.engines.llama_cpp.chain import SamplerChain, Workbench
-from skulk.engines.llama_cpp.layout import Layout, calls_of
+from skulk.engines.llama_cpp.layout import Layout, calls_of, idle_cell_s
 from skulk.engines.llama_cpp.memory import SequenceMemory
 from skulk.engines.llama_cpp.native import forget_errors, library, recent_errors
 from skulk.engines.llama_cpp.prompt import Prompter
@@ -39,7 +39,7 @@ from skulk.wire.base import ErrorBody
 from skulk.wire.embedding import EmbedInput
 from skulk.wire.generation import Prompt, Sampling, TextPrompt
 
-_TIMED_STEPS: Final = 3
+_TIMED_STEPS: Final = 5
 
 
 class LlamaCppEngine:
@@ -303,13 +303,15 @@ class LlamaCppEngine:
             drawn = self._first_chunk(chunk)
             size = self._memory.size(0)
             deep_s = self._timed_steps(drawn)
+            beside_s = self._timed_beside(chunk)
             count = self._memory.position(0)
             token_bytes = -(-(self._memory.size(0) - size) // max(1, count - chunk))
             reuse = self._memory.tried()
             self._memory.clear()
             cell_s = 0.0
-            if self._layout.unified and deep_s > 0.0:
-                cell_s = max(0.0, deep_s - self._timed_steps(self._first_chunk(1))) / chunk
+            if beside_s > 0.0:
+                alone_s = self._timed_steps(self._first_chunk(1))
+                cell_s = idle_cell_s(chunk, own_s=deep_s - alone_s, beside_s=beside_s - alone_s)
         finally:
             self.end(0)
             self._memory.clear()
@@ -323,21 +325,35 @@ class LlamaCppEngine:
             cell_s=cell_s,
         )
 
-    def _first_chunk(self, count: int) -> int:
-        """Computes so many tokens in the empty slot 0; gives the token drawn after them."""
+    def _first_chunk(self, count: int, slot: int = 0) -> int:
+        """Computes so many tokens in the empty slot; gives the token drawn after them."""
         token = self._vocabulary.bos if self._vocabulary.bos is not None else 0
-        row = StepRow(slot=0, tokens=(token,) * count, start=0, sample=True)
-        return self.run(StepPlan(rows=(row,))).sampled[0][-1]
+        row = StepRow(slot=slot, tokens=(token,) * count, start=0, sample=True)
+        return self.run(StepPlan(rows=(row,))).sampled[slot][-1]
 
-    def _timed_steps(self, token: int) -> float:
-        """Decodes on in slot 0 while its window lasts; the median time of a step, 0 where it has no room for one."""
-        start = self._memory.position(0)
+    def _timed_steps(self, token: int, slot: int = 0) -> float:
+        """Decodes on in the slot while its window lasts; the least time of a step, 0 where it has no room for one.
+
+        The least, for what other programs do to a step is more than what is to be measured.
+        """
+        start = self._memory.position(slot)
         times: list[float] = []
         for position in range(start, min(start + _TIMED_STEPS, self._info.n_ctx)):
-            drawn = self.run(StepPlan(rows=(StepRow(slot=0, tokens=(token,), start=position, sample=True),)))
-            token = drawn.sampled[0][-1]
+            drawn = self.run(StepPlan(rows=(StepRow(slot=slot, tokens=(token,), start=position, sample=True),)))
+            token = drawn.sampled[slot][-1]
             times.append(drawn.elapsed_s)
-        return statistics.median(times) if times else 0.0
+        return min(times, default=0.0)
+
+    def _timed_beside(self, chunk: int) -> float:
+        """As `_timed_steps`, of a short sequence beside slot 0; 0 where no other sequence shares cells with it."""
+        taken = chunk + 2 * _TIMED_STEPS + 1
+        if not self._layout.unified or self._info.n_parallel < 2 or taken > self._layout.n_ctx:
+            return 0.0
+        self.begin(1, Sampling(temperature=0.0), ())
+        try:
+            return self._timed_steps(self._first_chunk(1, slot=1), slot=1)
+        finally:
+            self.end(1)
 
     def recite(self, text: str, count: int, follow: Sequence[int] = ()) -> Recital:
         """See `Engine.recite`."""

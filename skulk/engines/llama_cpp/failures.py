@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
-from skulk.errors import RequestError, ServiceError, SkulkError
+from skulk.errors import RequestError, ServiceError, SkulkError, StartError
 from skulk.units import format_bytes
 
 _CUT_SHORT: Final = re.compile(
@@ -19,6 +19,7 @@ _NO_MEMORY: Final = re.compile(
     re.IGNORECASE,
 )
 _ARCHITECTURE: Final = re.compile(r"unknown model architecture: '?([^'\n]*)'?")
+_NEEDS_FLASH: Final = re.compile(r"cache .*requires.*flash.attn|cache .*requires.*flash attention", re.IGNORECASE)
 _MISSING_PART: Final = re.compile(r"failed to load GGUF split from (\S+)")
 
 
@@ -60,8 +61,14 @@ def load_failure(path: str, size_bytes: int, lines: Sequence[str], version: str)
     )
 
 
-def context_failure(cells: int, n_parallel: int, kv_type: str, lines: Sequence[str]) -> ServiceError:
+def context_failure(cells: int, n_parallel: int, kv_type: str, lines: Sequence[str]) -> ServiceError | StartError:
     """Why ``llama_init_from_model`` gave nothing."""
+    if any(_NEEDS_FLASH.search(line) for line in lines):
+        return StartError(
+            "config_invalid",
+            f"a {kv_type} cache needs flash attention, which is off or which this backend can't do: set "
+            "SKULK_LLAMA_CPP_FLASH_ATTN to auto, or SKULK_LLAMA_CPP_KV_TYPE to f16.",
+        )
     return ServiceError(
         "runner_failed",
         f"llama.cpp can't make a context of {cells:,} cells for {n_parallel} sequences with a {kv_type} cache: "

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from skulk.batching.apply import apply
 from skulk.batching.operations import Begin, End, Keep
 from skulk.batching.plan import MAX_PASSED, StepBudget, budget_for, plan_step
-from skulk.batching.rate import MAX_RUN, Rate
+from skulk.batching.rate import CHUNK_UNIT, MAX_RUN, STEP_CROWDED_S, Rate
 from skulk.batching.requests import BatchRequest, Emitted, Ended, Output, Progressed
 from skulk.batching.schedule import schedule
 from skulk.batching.slots import add, end_all, end_request, expire
@@ -202,6 +202,18 @@ def test_deadlines_end_what_is_late_and_nothing_else() -> None:
     assert changed.operations == (End(slot=0), Keep(slot=0, count=0))
 
 
+def test_a_deadline_ends_what_is_queued() -> None:
+    state = schedule(batch(request_of("a", max_tokens=50), request_of("b", deadline=5.0), n_parallel=1), 1.0).state
+    assert [seq.request.key.request_id for seq in state.waiting] == ["b"]
+    assert expire(state, 4.9).outputs == ()
+    changed = expire(state, 5.0)
+    assert [end.end.error and end.end.error.code for end in ends_of(list(changed.outputs))["b"]] == [
+        "deadline_exceeded"
+    ]
+    assert changed.operations == () and changed.state.waiting == ()
+    assert set(ends_of(play(changed.state, saying("x")))) == {"a"}
+
+
 def test_a_failure_ends_all_with_its_error() -> None:
     state = schedule(batch(*(request_of(name) for name in "abcdef")), 1.0).state
     changed = end_all(state, 2.0, ErrorBody(code="runner_failed", detail="gone", retryable=True))
@@ -226,6 +238,42 @@ def test_a_choice_in_which_nothing_can_be_drawn_ends_its_request_alone() -> None
 
 
 QUICK = Rate(decode_s=0.001, prefill_s=((0.001,),))
+# Ten times as long a token behind 1,024 others.
+DEEP = Rate(decode_s=0.001, prefill_s=((0.001,), (0.005,), (0.01,)))
+
+
+def behind(state: BatchState, name: str, count: int) -> BatchState:
+    """As if so many tokens of that prompt had been taken over from an earlier sequence."""
+    running = [
+        seq if seq.request.key.request_id != name else msgspec.structs.replace(seq, computed=count)
+        for seq in state.running
+    ]
+    return msgspec.structs.replace(state, running=tuple(running))
+
+
+@pytest.mark.parametrize("first", [2000, 150], ids=["must not pass", "must not join"])
+def test_a_prompt_behind_a_long_prefix_takes_what_its_depth_costs(first: int) -> None:
+    state = decoding(request_of("x", max_tokens=500), n_ctx=4096, kv_cells=16384)
+    for name, prompt in (("a", first), ("b", 1124), ("c", 20)):
+        state = add(state, request_of(name, prompt=prompt), VOCABULARY, 2.0).state
+    state = behind(schedule(state, 2.0).state, "b", 1024)
+    slots = {seq.request.key.request_id: seq.slot for seq in state.running}
+    budget = budget_for(state, DEEP)
+    assert budget.prefill_tokens * 0.001 <= STEP_CROWDED_S
+    plan = plan_step(state, budget)
+    assert plan is not None
+    rows = {row.slot: len(row.tokens) for row in plan.rows if len(row.tokens) > 1}
+    cost_s = rows.get(slots["b"], 0) * 0.01 + (rows.get(slots["a"], 0) + rows.get(slots["c"], 0)) * 0.001
+    assert cost_s <= budget.prefill_tokens * 0.001 + 1e-9
+    assert slots["b"] not in rows, "100 tokens of it take a second"
+    assert rows[slots["a"]] >= min(first, CHUNK_UNIT)
+
+
+def test_a_deep_prompt_whose_turn_it_is_goes_on() -> None:
+    state = decoding(request_of("x", max_tokens=500), n_ctx=4096, kv_cells=16384)
+    state = add(state, request_of("b", prompt=1124), VOCABULARY, 2.0).state
+    state = behind(schedule(state, 2.0).state, "b", 1024)
+    assert [len(row.tokens) for row in run_of(state, DEEP).rows] == [1, CHUNK_UNIT]
 
 
 def decoding(*requests: BatchRequest, **shape: int) -> BatchState:
@@ -237,8 +285,8 @@ def decoding(*requests: BatchRequest, **shape: int) -> BatchState:
     return state
 
 
-def run_of(state: BatchState) -> StepPlan:
-    plan = plan_step(state, budget_for(state, QUICK))
+def run_of(state: BatchState, rate: Rate = QUICK) -> StepPlan:
+    plan = plan_step(state, budget_for(state, rate))
     assert plan is not None
     return plan
 

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from skulk.batching.step import StepRow
 from skulk.engines.llama_cpp.failures import context_failure, load_failure
-from skulk.engines.llama_cpp.layout import CELL_STEP, KV_TYPES, Layout, calls_of, kv_type_of, layout_of, split_rows
+from skulk.engines.llama_cpp.layout import (
+    CELL_STEP,
+    KV_TYPES,
+    Layout,
+    calls_of,
+    idle_cell_s,
+    kv_type_of,
+    layout_of,
+    split_rows,
+)
 from skulk.engines.llama_cpp.threads import physical_cores
 from skulk.engines.protocol import LoadSpec
 from skulk.errors import StartError
@@ -125,6 +134,12 @@ def test_calls_compute_every_token_once_within_their_limits(
             whole.start + sum(len(p.tokens) for p in parts[:n]) for n in range(len(parts))
         ]
         assert [part.sample for part in parts] == [False] * (len(parts) - 1) + [whole.sample]
+
+
+def test_an_idle_cell_costs_what_it_does_to_others_and_never_nothing() -> None:
+    assert idle_cell_s(512, own_s=0.256, beside_s=0.0256) == pytest.approx(5e-5)
+    assert idle_cell_s(512, own_s=0.512, beside_s=-0.001) == pytest.approx(0.001 / 32), "less than steps differ by"
+    assert idle_cell_s(512, own_s=-0.001, beside_s=-0.001) == 0.0
 
 
 class TestThreads:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import platform
+import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +26,15 @@ from skulk.errors import SkulkError, StartError, UnavailableError
 from skulk.models.catalogue import Catalogue
 from skulk.node.identity import load_identity
 from skulk.node.measuring import MachineMeter
-from skulk.node.processes import SPINS_ALONE, SPINS_SHARED, BusAddress, LocalMachine, environment_of
+from skulk.node.processes import (
+    HUGE_PAGES,
+    SPINS_ALONE,
+    SPINS_SHARED,
+    TUNABLES,
+    BusAddress,
+    LocalMachine,
+    environment_of,
+)
 from skulk.node.quarantine import Quarantine
 from skulk.node.storage import StateFile, load_state
 from skulk.settings import Settings
@@ -203,6 +216,49 @@ WANTED = Wanted(instance=instance(assigned=assignment()), assignment=assignment(
 )
 def test_only_threads_that_have_the_cores_to_themselves_wait_awake(n_threads: int, runners: int, spins: int) -> None:
     assert environment_of(n_threads, runners)["GOMP_SPINCOUNT"] == str(spins)
+
+
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        ("", HUGE_PAGES),
+        ("glibc.malloc.check=1", f"glibc.malloc.check=1:{HUGE_PAGES}"),
+        ("glibc.malloc.hugetlb=0:glibc.malloc.check=1", "glibc.malloc.hugetlb=0:glibc.malloc.check=1"),
+    ],
+)
+def test_a_runner_asks_for_huge_pages_unless_a_person_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, own: str, told: str
+) -> None:
+    monkeypatch.setenv(TUNABLES, own)
+    assert environment_of(0, 0)[TUNABLES] == told
+
+
+ALLOCATE = """
+import ctypes, re
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+at = libc.malloc(ctypes.c_size_t(64 << 20))
+for region in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", open("/proc/self/smaps").read()):
+    if region and (lambda ends: int(ends[0], 16) <= at < int(ends[1], 16))(region.split()[0].split("-")):
+        print("hg" in re.search(r"VmFlags:(.*)", region)[1].split())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is another one")
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no huge pages")
+def test_large_memory_of_a_runner_is_marked_for_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = tuple(int(part) for part in platform.libc_ver()[1].split("."))
+    monkeypatch.delenv(TUNABLES, raising=False)
+    command = [sys.executable, "-c", ALLOCATE]
+    environment = {**os.environ, **environment_of(0, 0)}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=30)
+    assert done.stdout.strip() == str(version >= (2, 35) and huge_pages() == "madvise")
+
+
+def huge_pages() -> str:
+    chosen = re.search(r"\[(\w+)\]", Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text())
+    assert chosen is not None
+    return chosen[1]
 
 
 async def test_a_management_node_starts_nothing_that_an_old_state_gives_it(tmp_path: Path) -> None:
