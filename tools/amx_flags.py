@@ -9,6 +9,7 @@ Standard library only.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -60,16 +61,22 @@ def flags_for(cpu: str) -> tuple[str, ...]:
     Args:
         cpu: the processor's flags as Linux lists them.
     """
-    return WITHOUT_TILES if "amx_tile" in cpu.split() and not _compiles_rightly() else ()
+    return WITHOUT_TILES if "amx_tile" in cpu.split() and not _compiles_rightly(_compiler()) else ()
 
 
-def _compiles_rightly() -> bool:
-    chosen = os.environ.get("CXX", "").split() or [name for name in ("c++", "g++", "clang++") if shutil.which(name)][:1]
-    if not chosen:
+def _compiler() -> tuple[str, ...]:
+    found = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
+    return tuple(os.environ.get("CXX", "").split() or found[:1])
+
+
+@functools.cache
+def _compiles_rightly(compiler: tuple[str, ...]) -> bool:
+    """Tried once for each: the key of the cache and the compilation both ask."""
+    if not compiler:
         return True
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "tiles"
-        command = [*chosen, "-x", "c++", "-std=c++11", "-O3", "-march=native", "-o", str(program), "-"]
+        command = [*compiler, "-x", "c++", "-std=c++11", "-O3", "-march=native", "-o", str(program), "-"]
         try:
             made = subprocess.run(command, check=False, input=PROGRAM.encode(), capture_output=True, timeout=TIMEOUT_S)
             if made.returncode != 0:

@@ -116,7 +116,7 @@ def plan_step(state: BatchState, budget: StepBudget) -> StepPlan | None:
         price = budget.price(seq, seq.gap)
         if left <= 0 or (price > left and seq is not prompts[0] and room - left >= CHUNK_UNIT):
             break
-        count = seq.gap if price <= left else min(seq.gap, left, max(1, left * seq.gap // price))
+        count = seq.gap if price <= left else max(1, left * seq.gap // price)
         left -= budget.price(seq, count)
         rows.append(_row(seq, _up_to_mark(seq, count)))
     return StepPlan(rows=tuple(rows)) if rows else None

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from skulk.engines.llama_cpp.native import library
+from skulk.engines.llama_cpp.native import library, native_folder
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +33,9 @@ def is_miscompiled(binary: bytes) -> bool:
 @functools.cache
 def can_use_tiles() -> bool:
     """False where the installed library would crash in its tile products; said once in the log, with what to do."""
-    lib = library()
-    if "AMX_INT8 = 1" not in lib.llama_print_system_info().decode("utf-8", "replace"):
+    if "AMX_INT8 = 1" not in library().llama_print_system_info().decode("utf-8", "replace"):
         return True
-    files = Path(lib.__file__).with_name("lib").glob(_LIBRARIES)
-    if not any(map(is_miscompiled, _contents(files))):
+    if not any(map(is_miscompiled, _contents(native_folder().glob(_LIBRARIES)))):
         return True
     log.warning(
         "this llama-cpp-python was compiled for AMX by a GCC that compiles it wrongly (bug 114098) and would crash: "

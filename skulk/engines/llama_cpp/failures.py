@@ -19,7 +19,7 @@ _NO_MEMORY: Final = re.compile(
     re.IGNORECASE,
 )
 _ARCHITECTURE: Final = re.compile(r"unknown model architecture: '?([^'\n]*)'?")
-_NEEDS_FLASH: Final = re.compile(r"cache .*requires.*flash.attn|cache .*requires.*flash attention", re.IGNORECASE)
+_NEEDS_FLASH: Final = re.compile(r"cache .*requires.*flash.att(n|ention)", re.IGNORECASE)
 _MISSING_PART: Final = re.compile(r"failed to load GGUF split from (\S+)")
 
 

@@ -134,17 +134,20 @@ def package_version() -> str:
         return ""
 
 
+def native_folder() -> Path:
+    """Where the native libraries of this build lie."""
+    return Path(library().__file__).with_name("lib")
+
+
 def build_id() -> str:
     """Names this very build: its version and its files by name, size and date."""
-    folder = Path(library().__file__).with_name("lib")
-    files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.glob("*"))
+    files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in native_folder().glob("*"))
     return hashlib.sha256(f"{engine_version()} {files}".encode()).hexdigest()[:16]
 
 
 def gpu_libraries() -> tuple[str, ...]:
     """The libraries for GPUs that came with this build, whether or not their drivers are here."""
-    folder = Path(library().__file__).with_name("lib")
-    return tuple(sorted(file.name for file in folder.glob("*") if _GPU_LIBRARY.match(file.name)))
+    return tuple(sorted(file.name for file in native_folder().glob("*") if _GPU_LIBRARY.match(file.name)))
 
 
 def engine_version() -> str:

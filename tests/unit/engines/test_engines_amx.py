@@ -47,8 +47,8 @@ def installed(monkeypatch: pytest.MonkeyPatch, folder: Path, system_info: bytes,
     (folder / "lib" / "libggml-cpu.so.0").write_bytes(content)
     # What can't be read decides nothing.
     (folder / "lib" / "libggml-cpu.so").mkdir()
-    library = SimpleNamespace(__file__=str(folder / "llama_cpp.py"), llama_print_system_info=lambda: system_info)
-    monkeypatch.setattr(amx, "library", lambda: library)
+    monkeypatch.setattr(amx, "library", lambda: SimpleNamespace(llama_print_system_info=lambda: system_info))
+    monkeypatch.setattr(amx, "native_folder", lambda: folder / "lib")
 
 
 def test_a_library_that_would_crash_is_loaded_without_tiles_and_says_so(
